@@ -1,0 +1,41 @@
+"""The version of pi_rl, written once, and the versions of what its results depend on.
+
+Bug reports and `results.json` carry the same list.
+"""
+
+import platform
+from importlib import metadata
+
+__version__ = "0.1.0.dev0"
+
+PACKAGES = (
+    "lerobot",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "datasets",
+    "huggingface_hub",
+    "safetensors",
+    "numpy",
+    "gymnasium",
+    "mujoco",
+    "metaworld",
+)
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of pi_rl, Python and the packages that decide a result.
+
+    Reads the metadata of installed distributions and imports none of them.
+
+    Returns:
+        Name to version, in a fixed order; a package that is not installed has the value "not installed".
+    """
+    versions = {"pi_rl": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    for name in PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

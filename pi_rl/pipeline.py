@@ -1,0 +1,338 @@
+"""From nothing to a policy that improves: demonstrations, few-shot SFT, baseline, RL, results.
+
+The recipes are this pipeline with different settings. Each stage leaves a complete folder or none, so a run that was
+killed goes on with the first stage that is missing when the same command is given again.
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pi_rl.arguments import dump_config, parse_recipe_arguments
+from pi_rl.progress import Progress, say
+
+if TYPE_CHECKING:
+    from pi_rl.envs.vector_env import VectorEnv
+    from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
+
+CONFIG_NAME = "pi_rl_config.yaml"
+DATASET_ID = "local/demonstrations"
+MODEL, ENVIRONMENT, DEMOS, SFT = "Policy", "Environment", "Demonstrations", "Supervised fine-tuning"
+
+
+def _option(default: Any, group: str, text: str) -> Any:
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata={"group": group, "help": text})
+    return field(default=default, metadata={"group": group, "help": text})
+
+
+@dataclass
+class RecipeArguments:
+    """What a recipe needs beside the PPO configuration; ``--help`` prints every field's text."""
+
+    model: str | None = _option(
+        None, MODEL, "Hub id or folder of the policy RL starts from; default: a small one, demonstrated and fine-tuned here"
+    )
+    small_model: str = _option("pi0", MODEL, "class of the small policy: pi0 or pi05")
+    small_model_sizes: dict[str, Any] = _option({}, MODEL, "sizes of the small policy, e.g. {vlm_width: 64, depth: 2}")
+    image_resolution: int = _option(64, MODEL, "side of the small policy's image input in pixels")
+    chunk_size: int = _option(5, MODEL, "H, actions that the small policy predicts at once")
+
+    env: str = _option("metaworld:handle-press-v3", ENVIRONMENT, "environment, e.g. metaworld:task[,task…]")
+    env_options: dict[str, Any] = _option({}, ENVIRONMENT, "options of the environment, e.g. {image_size: 64}")
+    blind: bool = _option(False, ENVIRONMENT, "control run: the policy sees a constant image throughout")
+
+    demos_per_task: int = _option(40, DEMOS, "successful scripted episodes per task")
+    demo_noise_std: float = _option(1.5, DEMOS, "noise on the expert's actions, in units of the action range's half")
+    demo_noise_rho: float = _option(0.8, DEMOS, "correlation of that noise from step to step")
+
+    sft_steps: int = _option(800, SFT, "optimiser steps")
+    sft_batch_size: int = _option(64, SFT, "samples per step")
+    sft_learning_rate: float = _option(1e-3, SFT, "peak learning rate")
+
+    video: bool = _option(True, "Result", "film the same initial state before and after RL")
+
+    def __post_init__(self) -> None:
+        if self.small_model not in ("pi0", "pi05"):
+            raise ValueError(f"small_model={self.small_model!r} is unknown; choose pi0 or pi05.")
+        for name in ("demos_per_task", "sft_steps", "sft_batch_size", "chunk_size", "image_resolution"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed: it must be at least 1.")
+
+
+@dataclass
+class _Run:
+    """One run's settings, folder and stage times."""
+
+    recipe: RecipeArguments
+    ppo: "FlowPPOConfig"
+    command: str
+    minutes: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.ppo.output_dir)
+
+    @property
+    def is_main(self) -> bool:
+        return self.ppo.process_index == 0
+
+    @property
+    def env_options(self) -> dict[str, Any]:
+        return {**self.recipe.env_options, "blind": self.recipe.blind}
+
+    def wait(self) -> None:
+        """Lets the processes catch up with the first."""
+        from accelerate import PartialState
+
+        PartialState().wait_for_everyone()
+
+    @contextmanager
+    def stage(self, name: str, title: str) -> Iterator[None]:
+        """Announces a stage and takes its time."""
+        say(f"\n{title}", enabled=self.is_main)
+        started = time.perf_counter()
+        yield
+        self.minutes[name] = self.minutes.get(name, 0.0) + (time.perf_counter() - started) / 60
+        say(f"  {self.minutes[name]:.1f} min", enabled=self.is_main)
+
+
+def run_recipe(
+    description: str, default_config: Path | None, noise: str, argv: Sequence[str] | None = None
+) -> Path:
+    """Runs a recipe from its command line.
+
+    Args:
+        description: Text of ``--help``.
+        default_config: YAML file used when no ``--config`` is given.
+        noise: Exploration noise, unless a file or the command line says otherwise.
+        argv: Arguments; the process's by default.
+
+    Returns:
+        The run's output folder.
+
+    Raises:
+        ValueError: On bad options, an output folder of another run, or parts that do not fit.
+    """
+    import sys
+
+    from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
+
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    recipe, ppo = parse_recipe_arguments(
+        (RecipeArguments, FlowPPOConfig),
+        default_config=default_config,
+        defaults={"noise": noise},
+        description=description,
+        argv=arguments,
+    )
+    run = _Run(recipe, ppo, " ".join(["accelerate launch", sys.argv[0], *arguments]))
+    _prepare_folder(run)
+    say(ppo.batch_arithmetic(), enabled=run.is_main)
+    policy_path: str | Path = recipe.model or run.folder / "sft"
+    if recipe.model is None and run.is_main:
+        _make_sft_policy(run)
+    run.wait()
+    _reinforce(run, policy_path)
+    return run.folder
+
+
+def _prepare_folder(run: _Run) -> None:
+    """Claims the output folder, or continues the same run in it; refuses another run's."""
+    from pi_rl.hub.results import RESULTS_NAME
+
+    config = run.folder / CONFIG_NAME
+    if run.is_main:
+        if (run.folder / RESULTS_NAME).exists():
+            raise ValueError(
+                f"{run.folder} holds a finished run ({RESULTS_NAME} is there). Give another --output_dir, or delete it."
+            )
+        run.folder.mkdir(parents=True, exist_ok=True)
+        partial = run.folder / f".{CONFIG_NAME}.new"
+        dump_config((run.recipe, run.ppo), partial)
+        if config.exists() and config.read_text() != partial.read_text():
+            old, new = config.read_text().splitlines(), partial.read_text().splitlines()
+            partial.unlink()
+            changed = sorted(set(old) ^ set(new))
+            raise ValueError(
+                f"{run.folder} holds a run with other settings ({'; '.join(changed[:6])}). Give another --output_dir, "
+                "delete the folder, or repeat the command of that run to continue it."
+            )
+        if not config.exists() and any(entry != partial for entry in run.folder.iterdir()):
+            partial.unlink()
+            raise ValueError(f"{run.folder} is not empty and holds no run of pi_rl. Give another --output_dir.")
+        partial.replace(config)
+    run.wait()
+
+
+def _make_sft_policy(run: _Run) -> None:
+    """Demonstrations and few-shot SFT of a small policy, on the main process."""
+    from pi_rl.demonstrations import collect_demonstrations
+    from pi_rl.envs.registry import make_env
+    from pi_rl.policies.small.create import create_small_policy
+    from pi_rl.trainer.sft import run_sft
+
+    recipe, ppo, folder = run.recipe, run.ppo, run.folder
+    if (folder / "sft").is_dir():
+        say(f"\nUsing the fine-tuned policy in {folder / 'sft'}.")
+        return
+    workers = ppo.env_workers or 2
+    with run.stage("demonstrations", f"1. Demonstrations: scripted experts in {recipe.env}"):
+        with make_env(recipe.env, workers, workers, **run.env_options) as env:
+            spec = env.spec
+            if not (folder / "demos").is_dir():
+                summary = collect_demonstrations(
+                    env,
+                    episodes_per_task=recipe.demos_per_task,
+                    output_dir=folder / "demos",
+                    repo_id=DATASET_ID,
+                    noise_std=recipe.demo_noise_std,
+                    noise_rho=recipe.demo_noise_rho,
+                    seed=ppo.seed,
+                    progress=Progress("demonstrations", "episode"),
+                )
+                say(f"  {summary}")
+    with run.stage("sft", f"2. Few-shot SFT of a small {recipe.small_model} with lerobot-train"):
+        init = create_small_policy(
+            recipe.small_model,
+            cameras=spec.cameras,
+            state_dim=spec.state_dim,
+            action_dim=spec.action_dim,
+            image_size=recipe.image_resolution,
+            chunk_size=recipe.chunk_size,
+            n_action_steps=ppo.n_action_steps or recipe.chunk_size,
+            denoising_steps=ppo.denoising_steps,
+            instructions=spec.instructions,
+            output_dir=folder / "init",
+            seed=ppo.seed,
+            **recipe.small_model_sizes,
+        )
+        run_sft(
+            init,
+            folder / "demos",
+            DATASET_ID,
+            folder / "sft",
+            steps=recipe.sft_steps,
+            batch_size=recipe.sft_batch_size,
+            learning_rate=recipe.sft_learning_rate,
+            seed=ppo.seed,
+            progress=Progress("SFT", "step"),
+        )
+
+
+def _reinforce(run: _Run, policy_path: str | Path) -> None:
+    """Baseline evaluation, PPO, final evaluation, results."""
+    from pi_rl.trainer.flow_ppo_trainer import FlowPPOTrainer
+
+    ppo = run.ppo
+    ppo.eval_on_start = False
+    trainer = FlowPPOTrainer(policy_path, ppo, run.recipe.env, run.env_options)
+    try:
+        if ppo.dry_run:
+            _dry_run(run, trainer)
+            return
+        evaluated = ppo.eval_episodes > 0
+        if evaluated:
+            with run.stage("baseline", f"3. Baseline: deterministic policy on {ppo.eval_episodes} fixed states"):
+                trainer.evaluate()
+                before = trainer.last_evaluation
+        with run.stage("rl", f"4. RL: PPO with {ppo.noise}, {ppo.num_iterations} iterations"):
+            trainer.train(resume_from_checkpoint=_last_checkpoint(run.folder))
+        trainer.save_model(str(run.folder / "policy"))
+        if evaluated:
+            with run.stage("evaluation", "5. Result: the same states again"):
+                trainer.evaluate()
+            if run.is_main:
+                _report(run, trainer, policy_path, before, trainer.last_evaluation)
+        run.wait()
+    finally:
+        trainer.close()
+
+
+def _dry_run(run: _Run, trainer: Any) -> None:
+    trainer.train()
+    trainer.save_model(str(run.folder / "policy"))
+    say(f"\nDry run finished: one chunk, one update, one save ({run.folder / 'policy'}).", enabled=run.is_main)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    from transformers.trainer_utils import get_last_checkpoint
+
+    return get_last_checkpoint(str(folder))
+
+
+def _report(run: _Run, trainer: Any, policy_path: str | Path, before: Any, after: Any) -> None:
+    """Table, results.json, learning curve, video and model card."""
+    from pi_rl.hub.model_card import write_model_card
+    from pi_rl.hub.plots import plot_learning_curve
+    from pi_rl.hub.results import RunResults, installed_versions, results_table, write_results
+
+    folder, ppo, recipe = run.folder, run.ppo, run.recipe
+    results = RunResults(
+        sft=before.summary(),
+        rl=after.summary(),
+        env_steps=trainer.env_steps,
+        minutes={name: round(value, 2) for name, value in run.minutes.items()},
+        seed=ppo.seed,
+        noise=ppo.noise,
+        blind=recipe.blind,
+        versions=installed_versions(),
+        config={**asdict(recipe), "sampler": asdict(ppo.sampler()), "num_iterations": ppo.num_iterations},
+    )
+    plot_learning_curve(
+        trainer.state.log_history,
+        folder / "learning_curve.png",
+        title=f"{recipe.env}, {ppo.noise}, seed {ppo.seed}",
+        sft_baseline=results.sft.success_rate,
+    )
+    if recipe.video:
+        with run.stage("video", "   Filming the same initial state before and after"):
+            film_before_after(trainer, policy_path, before, after, folder / "before_after.mp4")
+        results.minutes["video"] = round(run.minutes["video"], 2)
+    write_model_card(
+        folder / "policy",
+        results,
+        env_name=recipe.env,
+        reproduce_command=run.command,
+        learning_curve=folder / "learning_curve.png",
+        video=folder / "before_after.mp4" if recipe.video else None,
+    )
+    write_results(folder, results)
+    say("\n" + results_table(results))
+    say(f"\nPolicy, card, curve and video: {folder}")
+
+
+def film_before_after(trainer: Any, sft_path: str | Path, before: Any, after: Any, path: Path) -> Path:
+    """Films one initial state with the policy that RL started from and the trained one, side by side.
+
+    Args:
+        trainer: A trained ``FlowPPOTrainer``.
+        sft_path: Checkpoint that RL started from.
+        before: Its evaluation.
+        after: The trained policy's evaluation on the same states.
+        path: MP4 file to write.
+
+    Returns:
+        ``path``.
+    """
+    import numpy as np
+
+    from pi_rl.hub.videos import side_by_side, write_video
+    from pi_rl.policies.checkpoints import load_policy
+    from pi_rl.rollout.evaluator import record_episode
+    from pi_rl.trainer.flow_ppo_trainer import build_actor_critic
+
+    turned = np.flatnonzero(~before.success & after.success)
+    reset_id = before.reset_ids[turned[0] if len(turned) else 0]
+    args = trainer.args
+    original = build_actor_critic(load_policy(sft_path, n_action_steps=args.n_action_steps), args).to(args.device)
+    clips = [
+        record_episode(model, trainer.env, trainer.io, reset_id, seed=args.eval_seed)
+        for model in (original, trainer.actor_critic)
+    ]
+    (first, first_success), (second, second_success) = clips
+    frames = side_by_side(first, second, success_before=first_success, success_after=second_success)
+    return write_video(frames, path, fps=trainer.env.spec.fps // 2)

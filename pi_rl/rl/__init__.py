@@ -1,0 +1,1 @@
+"""Reinforcement learning on tensors: advantages, losses and the rollout buffer."""

@@ -1,0 +1,1 @@
+"""Where policy and environments meet: collecting rollouts for training and evaluating policies."""

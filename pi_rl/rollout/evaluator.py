@@ -1,0 +1,236 @@
+"""Deterministic evaluation: every fixed initial state once, actions by the ODE."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from pi_rl.envs.vector_env import EVAL_STATES, Observation, VectorEnv
+from pi_rl.policies.actor_critic import FlowActorCritic
+from pi_rl.rollout.policy_io import PolicyIO
+from pi_rl.rollout.randomness import EVAL_STREAM, chunk_noise
+from pi_rl.rollout.summary import EvalSummary
+
+Progress = Callable[[int, int, str], None]
+
+
+@dataclass(frozen=True)
+class EpisodeResults:
+    """Outcome of evaluation episodes, in the order of their initial states.
+
+    Attributes:
+        tasks: Task names.
+        reset_ids: (n, 2) task index and state id of each episode.
+        success: (n,) bool.
+        length: (n,) environment steps.
+    """
+
+    tasks: tuple[str, ...]
+    reset_ids: np.ndarray
+    success: np.ndarray
+    length: np.ndarray
+
+    def summary(self) -> EvalSummary:
+        """Success rate with interval and episode length, in total and per task."""
+        names = [self.tasks[task] for task in self.reset_ids[:, 0]]
+        return EvalSummary.from_episodes(self.success.tolist(), self.length.tolist(), names)
+
+
+def evaluation_ids(num_tasks: int, episodes: int) -> np.ndarray:
+    """The fixed initial states: the same number for every task, from the range that training never draws.
+
+    Args:
+        num_tasks: Number of tasks.
+        episodes: Number of initial states in total, a multiple of ``num_tasks``.
+
+    Returns:
+        (episodes, 2) int64, task index and state id; tasks alternate, state ids count from 0.
+
+    Raises:
+        ValueError: When ``episodes`` does not divide by the number of tasks or exceeds the reserved range.
+    """
+    if episodes < 1 or episodes % num_tasks:
+        lower = max(episodes // num_tasks, 1) * num_tasks
+        raise ValueError(
+            f"{episodes} evaluation episodes cannot be shared equally by {num_tasks} tasks; "
+            f"use {lower} or {lower + num_tasks}."
+        )
+    if episodes // num_tasks > EVAL_STATES:
+        raise ValueError(f"{episodes // num_tasks} evaluation states per task: at most {EVAL_STATES} are reserved.")
+    order = np.arange(episodes)
+    return np.stack([order % num_tasks, order // num_tasks], 1).astype(np.int64)
+
+
+@torch.no_grad()
+def evaluate_policy(
+    model: FlowActorCritic,
+    env: VectorEnv,
+    io: PolicyIO,
+    reset_ids: np.ndarray,
+    *,
+    seed: int = 0,
+    denoising_steps: int | None = None,
+    progress: Progress | None = None,
+) -> EpisodeResults:
+    """Runs one episode from every given initial state, without exploration noise.
+
+    The initial noise of each chunk is derived from (seed, initial state, chunk), so the result does not depend on
+    the number of workers or on what the simulators did before. Every state is run exactly once, hence short
+    episodes are not favoured.
+
+    Args:
+        model: Policy to evaluate; the critic is not used.
+        env: Simulators; all of them are reset.
+        io: Processors around the policy.
+        reset_ids: (n, 2) task index and state id.
+        seed: Seed of the flow's initial noise.
+        denoising_steps: K of the ODE; the sampler's by default.
+        progress: Called as ``progress(episodes done, n, text)``.
+
+    Returns:
+        Success and length of the n episodes, in the order of ``reset_ids``.
+    """
+    was_training = model.training
+    model.eval()
+    queue = _EpisodeQueue(reset_ids, env.num_envs)
+    success = np.zeros(len(reset_ids), bool)
+    length = np.zeros(len(reset_ids), np.int64)
+    slots = queue.next_for(np.arange(env.num_envs))
+    observation = env.reset(reset_ids[queue.episode[slots]], slots)
+    done_count = 0
+    while len(rows := np.flatnonzero(queue.episode >= 0)):
+        actions = np.zeros((env.num_envs, io.n_action_steps, env.spec.action_dim), np.float32)
+        running = reset_ids[queue.episode[rows]]
+        actions[rows] = ode_actions(
+            model, io, observation, rows, running, queue.chunk[rows], seed=seed, denoising_steps=denoising_steps
+        )
+        result = env.step_chunk(actions, queue.episode >= 0)
+        queue.chunk[rows] += 1
+        length[queue.episode[rows]] += result.steps[rows]
+        observation = result.observation
+        done = np.flatnonzero(result.terminated | result.truncated)
+        if len(done) == 0:
+            continue
+        success[queue.episode[done]] = result.success[done]
+        done_count += len(done)
+        if progress is not None:
+            progress(done_count, len(reset_ids), f"success {success.sum() / done_count:.2f}")
+        refilled = queue.next_for(done)
+        if len(refilled):
+            observation = env.reset(reset_ids[queue.episode[refilled]], refilled)
+    model.train(was_training)
+    return EpisodeResults(env.spec.tasks, reset_ids, success, length)
+
+
+class _EpisodeQueue:
+    """Which episode runs in which environment; -1 where none is left.
+
+    An environment is given episodes of the task it already holds, so that no simulator is built twice.
+    """
+
+    def __init__(self, reset_ids: np.ndarray, num_envs: int) -> None:
+        self.episode = np.full(num_envs, -1, np.int64)
+        self.chunk = np.zeros(num_envs, np.int64)
+        self._task = np.full(num_envs, -1, np.int64)
+        self._waiting = {int(task): list(np.flatnonzero(reset_ids[:, 0] == task)) for task in np.unique(reset_ids[:, 0])}
+
+    def next_for(self, slots: np.ndarray) -> np.ndarray:
+        """Gives each slot its next episode; returns the slots that got one."""
+        for slot in slots:
+            self.episode[slot] = -1
+            waiting = self._waiting[self._choose_task(slot)]
+            if waiting:
+                self.episode[slot] = waiting.pop(0)
+            self.chunk[slot] = 0
+        return slots[self.episode[slots] >= 0]
+
+    def _choose_task(self, slot: int) -> int:
+        """The slot's own task while it lasts, then one that waits and that no environment works on."""
+        if self._task[slot] < 0:
+            self._task[slot] = list(self._waiting)[slot % len(self._waiting)]
+        if not self._waiting[int(self._task[slot])]:
+            served = set(self._task[self.episode >= 0].tolist())
+            orphans = [task for task, waiting in self._waiting.items() if waiting and task not in served]
+            if orphans:
+                self._task[slot] = orphans[0]
+        return int(self._task[slot])
+
+
+def ode_actions(
+    model: FlowActorCritic,
+    io: PolicyIO,
+    observation: Observation,
+    rows: np.ndarray,
+    reset_ids: np.ndarray,
+    chunk: np.ndarray,
+    *,
+    seed: int,
+    denoising_steps: int | None = None,
+) -> np.ndarray:
+    """Actions (n, C, A) of the deterministic policy for n rows of an observation.
+
+    Args:
+        model: Policy, critic, sampler.
+        io: Processors around the policy.
+        observation: Of all B environments.
+        rows: (n,) rows to act for.
+        reset_ids: (n, 2) initial states of their episodes.
+        chunk: (n,) chunks that each of these episodes has executed.
+        seed: Seed of the flow's initial noise.
+        denoising_steps: K of the ODE; the sampler's by default.
+    """
+    policy = model.policy
+    prefix = model("encode", batch=io.batch(observation, rows))
+    noise = chunk_noise(
+        (seed, EVAL_STREAM),
+        reset_ids,
+        chunk,
+        denoising_steps=0,
+        chunk_shape=(policy.chunk_size, policy.max_action_dim),
+        device=prefix.kv.device,
+    )
+    chunk_actions = model("ode", prefix=prefix, x_init=noise.x_init, denoising_steps=denoising_steps)
+    return io.actions(chunk_actions)
+
+
+@torch.no_grad()
+def record_episode(
+    model: FlowActorCritic,
+    env: VectorEnv,
+    io: PolicyIO,
+    reset_id: np.ndarray,
+    *,
+    seed: int = 0,
+    size: tuple[int, int] = (240, 240),
+) -> tuple[np.ndarray, bool]:
+    """Films the deterministic policy from one initial state, in environment 0.
+
+    Args:
+        model: Policy.
+        env: Simulators; only environment 0 is used.
+        io: Processors around the policy.
+        reset_id: (2,) task index and state id.
+        seed: Seed of the flow's initial noise, as in :func:`evaluate_policy`.
+        size: Height and width of the frames in pixels.
+
+    Returns:
+        Frames uint8 (n, height, width, 3), one per environment step and the first, and whether the episode succeeded.
+    """
+    model.eval()
+    rows = np.zeros(1, np.int64)
+    active = np.arange(env.num_envs) == 0
+    observation = env.reset(reset_id[None], rows)
+    frames = [env.render(rows, *size)[0]]
+    chunk = np.zeros(1, np.int64)
+    while True:
+        actions = ode_actions(model, io, observation, rows, reset_id[None], chunk, seed=seed)
+        for step in range(actions.shape[1]):
+            single = np.zeros((env.num_envs, 1, env.spec.action_dim), np.float32)
+            single[0] = actions[0, step]
+            result = env.step_chunk(single, active)
+            frames.append(env.render(rows, *size)[0])
+            observation = result.observation
+            if result.terminated[0] or result.truncated[0]:
+                return np.stack(frames), bool(result.success[0])
+        chunk += 1

@@ -1,0 +1,99 @@
+"""What a run prints: a line per iteration and evaluation, a bar within them."""
+
+import time
+from typing import Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from pi_rl.progress import Progress, say
+
+
+class IterationReport(TrainerCallback):
+    """Prints one line per PPO iteration and evaluation on the main process, and shows progress within."""
+
+    def __init__(self) -> None:
+        self._bars: dict[str, Progress] = {}
+        self._started = time.monotonic()
+        self._first_iteration: float | None = None
+        self._main = True
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Learns which process prints."""
+        self._main = state.is_world_process_zero
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Starts the clock of the estimated time."""
+        self._main = state.is_world_process_zero
+        self._first_iteration = None
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Prints an iteration's or an evaluation's line."""
+        if not logs or not self._main:
+            return
+        if "loss" in logs:
+            say(self._iteration_line(logs, args))
+        elif "eval_success_rate" in logs:
+            say(evaluation_line(logs))
+
+    def rollout_progress(self, done: int, total: int, text: str) -> None:
+        """Shows chunks simulated in the current rollout."""
+        self._show("rollout", "chunk", done, total, text)
+
+    def update_progress(self, done: int, total: int) -> None:
+        """Shows forward-backward passes of the current update."""
+        self._show("update", "batch", done, total, "")
+
+    def evaluation_progress(self, done: int, total: int, text: str) -> None:
+        """Shows evaluation episodes."""
+        self._show("evaluate", "episode", done, total, text)
+
+    def _show(self, title: str, unit: str, done: int, total: int, text: str) -> None:
+        bar = self._bars.setdefault(title, Progress(title, unit, leave=False))
+        bar.enabled = self._main
+        bar(done, total, text)
+
+    def _iteration_line(self, logs: dict[str, float], args: TrainingArguments) -> str:
+        done, total = round(logs["iteration"]), int(args.num_train_epochs)
+        seconds = logs["time/rollout"] + logs["time/update"]
+        now = time.monotonic()
+        if self._first_iteration is None:
+            self._first_iteration, self._started = done - 1, now - seconds
+        per_iteration = (now - self._started) / (done - self._first_iteration)
+        left = int(per_iteration * (total - done))
+        parts = [
+            f"iteration {done:>{len(str(total))}}/{total}",
+            f"success {_number(logs.get('rollout/success_rate'), '.2f')}",
+            f"length {_number(logs.get('rollout/episode_length'), '.0f')}",
+            f"KL {logs['ppo/approx_kl']:.3f}",
+            f"clipped {logs['ppo/clip_fraction']:.2f}",
+            f"explained variance {logs['ppo/explained_variance']:+.2f}",
+            f"env steps {int(logs['env_steps']):,}",
+            f"{logs['time/rollout']:.1f}+{logs['time/update']:.1f} s",
+            f"left {left // 60}:{left % 60:02d}",
+        ]
+        return "  " + "  ".join(parts)
+
+
+def evaluation_line(logs: dict[str, float]) -> str:
+    """One line for an evaluation's metrics."""
+    return (
+        f"  evaluation: success {logs['eval_success_rate']:.3f} "
+        f"[{logs['eval_ci95_low']:.2f}, {logs['eval_ci95_high']:.2f}], "
+        f"length {logs['eval_episode_length']:.1f}, {int(logs['eval_n_episodes'])} episodes, "
+        f"{logs['eval_runtime']:.1f} s"
+    )
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)

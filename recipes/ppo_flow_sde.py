@@ -1,0 +1,17 @@
+"""PPO with Flow-SDE: one denoising step per sample is stochastic, the others follow the ODE (πRL, section 4.2).
+
+Without arguments this is the quick start of ``ppo_flow_noise.py`` with Flow-SDE as exploration noise.
+"""
+
+from pathlib import Path
+
+from pi_rl import run_recipe
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the recipe."""
+    run_recipe(__doc__ or "", Path(__file__).parent / "configs/metaworld/quickstart.yaml", "flow_sde", argv)
+
+
+if __name__ == "__main__":
+    main()
