@@ -32,7 +32,11 @@ def package_versions() -> dict[str, str]:
     Returns:
         Name to version, in a fixed order; a package that is not installed has the value "not installed".
     """
-    versions = {"pi_rl": __version__, "python": platform.python_version(), "platform": platform.platform()}
+    versions = {
+        "pi_rl": __version__,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+    }
     for name in PACKAGES:
         try:
             versions[name] = metadata.version(name)

@@ -4,6 +4,8 @@ The recipes are this pipeline with different settings. Each stage leaves a compl
 killed goes on with the first stage that is missing when the same command is given again.
 """
 
+import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +17,6 @@ from pi_rl.arguments import dump_config, parse_recipe_arguments
 from pi_rl.progress import Progress, say
 
 if TYPE_CHECKING:
-    from pi_rl.envs.vector_env import VectorEnv
     from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
 
 CONFIG_NAME = "pi_rl_config.yaml"
@@ -34,7 +35,9 @@ class RecipeArguments:
     """What a recipe needs beside the PPO configuration; ``--help`` prints every field's text."""
 
     model: str | None = _option(
-        None, MODEL, "Hub id or folder of the policy RL starts from; default: a small one, demonstrated and fine-tuned here"
+        None,
+        MODEL,
+        "Hub id or folder of the policy RL starts from; default: a small one, demonstrated and fine-tuned here",
     )
     small_model: str = _option("pi0", MODEL, "class of the small policy: pi0 or pi05")
     small_model_sizes: dict[str, Any] = _option({}, MODEL, "sizes of the small policy, e.g. {vlm_width: 64, depth: 2}")
@@ -100,9 +103,7 @@ class _Run:
         say(f"  {self.minutes[name]:.1f} min", enabled=self.is_main)
 
 
-def run_recipe(
-    description: str, default_config: Path | None, noise: str, argv: Sequence[str] | None = None
-) -> Path:
+def run_recipe(description: str, default_config: Path | None, noise: str, argv: Sequence[str] | None = None) -> Path:
     """Runs a recipe from its command line.
 
     Args:
@@ -117,7 +118,7 @@ def run_recipe(
     Raises:
         ValueError: On bad options, an output folder of another run, or parts that do not fit.
     """
-    import sys
+    import torch
 
     from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
 
@@ -129,6 +130,8 @@ def run_recipe(
         description=description,
         argv=arguments,
     )
+    if ppo.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)  # small models lose more than they gain by threads, and simulators want the cores
     run = _Run(recipe, ppo, " ".join(["accelerate launch", sys.argv[0], *arguments]))
     _prepare_folder(run)
     say(ppo.batch_arithmetic(), enabled=run.is_main)
@@ -148,7 +151,8 @@ def _prepare_folder(run: _Run) -> None:
     if run.is_main:
         if (run.folder / RESULTS_NAME).exists():
             raise ValueError(
-                f"{run.folder} holds a finished run ({RESULTS_NAME} is there). Give another --output_dir, or delete it."
+                f"{run.folder} holds a finished run ({RESULTS_NAME} is there). Give another --output_dir, or "
+                "delete it."
             )
         run.folder.mkdir(parents=True, exist_ok=True)
         partial = run.folder / f".{CONFIG_NAME}.new"
@@ -300,6 +304,7 @@ def _report(run: _Run, trainer: Any, policy_path: str | Path, before: Any, after
         learning_curve=folder / "learning_curve.png",
         video=folder / "before_after.mp4" if recipe.video else None,
     )
+    trainer.state.save_to_json(str(folder / "trainer_state.json"))
     write_results(folder, results)
     say("\n" + results_table(results))
     say(f"\nPolicy, card, curve and video: {folder}")
@@ -323,12 +328,14 @@ def film_before_after(trainer: Any, sft_path: str | Path, before: Any, after: An
     from pi_rl.hub.videos import side_by_side, write_video
     from pi_rl.policies.checkpoints import load_policy
     from pi_rl.rollout.evaluator import record_episode
-    from pi_rl.trainer.flow_ppo_trainer import build_actor_critic
+    from pi_rl.trainer.build import build_actor_critic
 
     turned = np.flatnonzero(~before.success & after.success)
     reset_id = before.reset_ids[turned[0] if len(turned) else 0]
     args = trainer.args
-    original = build_actor_critic(load_policy(sft_path, n_action_steps=args.n_action_steps), args).to(args.device)
+    original = build_actor_critic(
+        load_policy(sft_path, device=args.device, n_action_steps=args.n_action_steps), args
+    ).to(args.device)
     clips = [
         record_episode(model, trainer.env, trainer.io, reset_id, seed=args.eval_seed)
         for model in (original, trainer.actor_critic)

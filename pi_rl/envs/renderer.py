@@ -40,6 +40,7 @@ def child_environment(renderer: str) -> dict[str, str]:
     inherited = os.environ.get("PYTHONPATH", "")
     threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     return {
+        "LP_NUM_THREADS": "0",  # Mesa's software renderer draws in the calling thread: 64 px gain nothing from more
         **os.environ,
         **threads,
         "MUJOCO_GL": renderer,

@@ -4,9 +4,9 @@ A history is a list of records such as ``transformers.Trainer.state.log_history`
 all optional but ``env_steps``; records without it are skipped:
 
 * ``env_steps``: training environment steps so far,
-* ``success_rate``: success of the finished training episodes of the iteration (exploring policy),
+* ``rollout/success_rate``: success of the finished training episodes of the iteration (exploring policy),
 * ``eval_success_rate``, ``eval_ci95_low``, ``eval_ci95_high``: deterministic evaluation with its interval,
-* ``approx_kl``, ``clip_fraction``, ``explained_variance``: diagnostics of the update.
+* ``ppo/approx_kl``, ``ppo/clip_fraction``, ``ppo/explained_variance``: diagnostics of the update.
 """
 
 import math
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pi_rl.hub.results import EvalSummary
+from pi_rl.rollout.summary import EvalSummary
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,10 +27,11 @@ History = Sequence[Mapping[str, Any]]
 # Okabe-Ito: told apart with every kind of colour blindness and, by lightness, in grey.
 BLUE, ORANGE, GREEN, VERMILION, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#7A7A7A"
 _SEED_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, VERMILION)
+TRAIN_SUCCESS = "rollout/success_rate"
 _DIAGNOSTICS = (
-    ("approx_kl", "KL of the update"),
-    ("clip_fraction", "clip fraction"),
-    ("explained_variance", "explained variance"),
+    ("ppo/approx_kl", "KL of the update"),
+    ("ppo/clip_fraction", "clip fraction"),
+    ("ppo/explained_variance", "explained variance"),
 )
 _STYLE = {
     "font.size": 10,
@@ -74,7 +75,7 @@ def plot_learning_curve(
     path: str | Path,
     *,
     title: str = "π0 learns by reinforcement",
-    sft_baseline: EvalSummary | None = None,
+    sft_baseline: EvalSummary | float | None = None,
     final: EvalSummary | None = None,
 ) -> Path:
     """Success against environment steps, with the update's diagnostics below.
@@ -83,7 +84,7 @@ def plot_learning_curve(
         history: Records, see the module's description.
         path: PNG to write; it appears only when complete.
         title: Heading.
-        sft_baseline: Evaluation before reinforcement learning: dashed line with its interval, and the point at zero.
+        sft_baseline: Success before reinforcement learning, as a dashed line; an evaluation also shows its interval.
         final: Evaluation after it, drawn at the last step of the history.
 
     Returns:
@@ -149,17 +150,19 @@ def plot_before_after(
 
 
 def _draw_success(
-    axes: "Axes", records: History, sft_baseline: EvalSummary | None, final: EvalSummary | None
+    axes: "Axes", records: History, sft_baseline: EvalSummary | float | None, final: EvalSummary | None
 ) -> None:
     """Training curve, evaluations with intervals and the dashed baseline."""
-    steps, success = _series(records, "success_rate")
+    steps, success = _series(records, TRAIN_SUCCESS)
     if steps:
         axes.plot(steps, success, color=BLUE, alpha=0.3, linewidth=1.2)
         axes.plot(steps, _smooth(success), color=BLUE, linewidth=2.4, label="training episodes (exploring)")
     points = _evaluations(records)
     if sft_baseline is not None:
-        rate = sft_baseline.success_rate
-        axes.axhspan(*sft_baseline.ci95, color=GREY, alpha=0.13, linewidth=0)
+        rate = sft_baseline
+        if isinstance(sft_baseline, EvalSummary):
+            rate = sft_baseline.success_rate
+            axes.axhspan(*sft_baseline.ci95, color=GREY, alpha=0.13, linewidth=0)
         axes.axhline(rate, color=GREY, linestyle=(0, (5, 3)), linewidth=1.6, label=f"SFT baseline {rate:.2f}")
     if final is not None:
         last = max(float(record["env_steps"]) for record in records)
@@ -190,7 +193,7 @@ def _draw_diagnostic(axes: "Axes", records: History, key: str, name: str) -> Non
     axes.set_title(name, fontsize=9, fontweight="normal", color="#444444")
     axes.tick_params(labelsize=8)
     _thousands(axes, bins=4)
-    if key == "explained_variance":
+    if key == "ppo/explained_variance":
         # A diverging critic may give large negative values; the informative range is shown.
         axes.set_ylim(max(min([*values, 0.0]), -1.0) - 0.05, 1.0)
     else:
@@ -199,7 +202,7 @@ def _draw_diagnostic(axes: "Axes", records: History, key: str, name: str) -> Non
 
 def _draw_run_curve(axes: "Axes", run: RunCurve, colour: str) -> None:
     """Smoothed training success of one run; the evaluations stand in for runs that logged none."""
-    steps, success = _series(run.history, "success_rate")
+    steps, success = _series(run.history, TRAIN_SUCCESS)
     line = (0, (4, 2)) if run.blind else "solid"
     if steps:
         axes.plot(steps, success, color=colour, alpha=0.22, linewidth=1.0)
@@ -207,7 +210,9 @@ def _draw_run_curve(axes: "Axes", run: RunCurve, colour: str) -> None:
         return
     points = _evaluations(run.history)
     if points:
-        axes.plot([p[0] for p in points], [p[1] for p in points], color=colour, linewidth=2.2, label=run.label, ls=line)
+        axes.plot(
+            [p[0] for p in points], [p[1] for p in points], color=colour, linewidth=2.2, label=run.label, ls=line
+        )
 
 
 def _draw_dumbbells(axes: "Axes", runs: Sequence[RunCurve], colours: Sequence[str]) -> None:
@@ -223,7 +228,9 @@ def _draw_dumbbells(axes: "Axes", runs: Sequence[RunCurve], colours: Sequence[st
         )
         for summary, face, offset in ((run.sft, "white", -0.13), (run.rl, colour, 0.13)):
             axes.plot(summary.ci95, [y + offset] * 2, color=colour, linewidth=1.3, alpha=0.75, solid_capstyle="butt")
-            axes.plot(summary.success_rate, y, "o", color=colour, markerfacecolor=face, markersize=9, markeredgewidth=2)
+            axes.plot(
+                summary.success_rate, y, "o", color=colour, markerfacecolor=face, markersize=9, markeredgewidth=2
+            )
         # Figures outside the pair, so that they never lie on the arrow.
         low, high = (before, after) if before <= after else (after, before)
         axes.annotate(f"{low:.2f}", (low, y), textcoords="offset points", xytext=(-9, 0), ha="right", va="center")
@@ -242,7 +249,9 @@ def _draw_dumbbells(axes: "Axes", runs: Sequence[RunCurve], colours: Sequence[st
     axes.set_title(
         f"deterministic, {episodes} fixed initial states, 95 %", fontsize=10, fontweight="normal", color="#444444"
     )
-    axes.annotate("○ SFT    ● SFT + RL", (1.0, 0.015), xycoords="axes fraction", ha="right", fontsize=9, color="#444444")
+    axes.annotate(
+        "○ SFT    ● SFT + RL", (1.0, 0.015), xycoords="axes fraction", ha="right", fontsize=9, color="#444444"
+    )
 
 
 def _evaluations(records: History) -> list[tuple[float, float, float, float]]:

@@ -108,8 +108,8 @@ def side_by_side(
     before: Frames,
     after: Frames,
     *,
-    before_success: bool,
-    after_success: bool,
+    success_before: bool,
+    success_after: bool,
     labels: Sequence[str] = ("before: SFT", "after: SFT + RL"),
     caption: str = "",
     height: int = 320,
@@ -123,8 +123,8 @@ def side_by_side(
     Args:
         before: (T1, H, W, 3) uint8 frames of the first policy.
         after: (T2, H, W, 3) uint8 frames of the second policy.
-        before_success: Whether the first episode ended in success.
-        after_success: Whether the second did.
+        success_before: Whether the first episode ended in success.
+        success_after: Whether the second did.
         labels: Heading of the two sides.
         caption: Line below, for example the task instruction.
         height: Height of each picture in pixels; pictures are scaled to it.
@@ -139,7 +139,7 @@ def side_by_side(
     if len(labels) != 2:
         raise ValueError(f"side_by_side got {len(labels)} labels; give two.")
     sides = [_scaled(_checked(frames), height) for frames in (before, after)]
-    outcomes = (before_success, after_success)
+    outcomes = (success_before, success_after)
     return np.stack(
         [
             _compose(sides, outcomes, labels, caption, step)

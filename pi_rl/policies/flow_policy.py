@@ -80,8 +80,8 @@ class Prefix:
         lengths = sorted({piece.pad_mask.shape[1] for piece in pieces})
         if len(lengths) > 1:
             raise ValueError(
-                f"Prefix.cat got token counts {lengths}; all pieces need the same one. Encode with the same cameras and "
-                "the same language length."
+                f"Prefix.cat got token counts {lengths}; all pieces need the same one. Encode with the same cameras "
+                "and the same language length."
             )
         if len({piece.state is None for piece in pieces}) > 1:
             raise ValueError("Prefix.cat got pieces with and without state; encode all of them with one policy.")
@@ -206,9 +206,9 @@ def check_compatibility(policy: FlowPolicy, env_spec: EnvironmentSpec) -> None:
     missing = [camera for camera in policy.cameras if camera not in env_spec.cameras]
     if missing:
         raise ValueError(
-            f"The policy needs camera(s) {missing}, but environment {env_spec.name!r} renders {list(env_spec.cameras)}. "
-            "Use a policy trained on these cameras, or set the environment's camera keys to the policy's "
-            f"({list(policy.cameras)})."
+            f"The policy needs camera(s) {missing}, but environment {env_spec.name!r} renders "
+            f"{list(env_spec.cameras)}. Use a policy trained on these cameras, or name the "
+            f"environment's cameras as the policy does ({list(policy.cameras)})."
         )
     if policy.state_dim is not None and policy.state_dim != env_spec.state_dim:
         raise ValueError(

@@ -1,7 +1,7 @@
 """π0 and π0.5 of LeRobot as flow policies; every touch point with LeRobot's model code is in this file.
 
-LeRobot is used unpatched. Its `denoise_step` clones the whole prefix cache at every call and returns only the velocity;
-here the same expert is called with a cache that is read, never written, so that one stored tensor serves all
+LeRobot is used unpatched. Its `denoise_step` clones the whole prefix cache at every call and returns only the
+velocity; here the same expert is called with a cache that is read, never written, so that one stored tensor serves all
 denoising steps, epochs and minibatches, and the expert's output tokens are returned for the noise network.
 """
 
@@ -13,7 +13,7 @@ from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attenti
 from lerobot.policies.pi0.modeling_pi0 import PI0Policy
 from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
-from torch import Tensor, nn
+from torch import Tensor
 
 from pi_rl.policies.flow_policy import FlowPolicy, Prefix
 
@@ -70,8 +70,8 @@ class PiFlowPolicy(FlowPolicy):
         config = policy.config
         if language_tokens is not None and not 1 <= language_tokens <= config.tokenizer_max_length:
             raise ValueError(
-                f"language_tokens={language_tokens} is outside 1 … tokenizer_max_length={config.tokenizer_max_length}; "
-                "use None for all."
+                f"language_tokens={language_tokens} is outside 1 … "
+                f"tokenizer_max_length={config.tokenizer_max_length}; use None for all."
             )
         self.policy = policy
         self.language_tokens = language_tokens
@@ -90,15 +90,15 @@ class PiFlowPolicy(FlowPolicy):
         self.cameras = tuple(key for key in config.image_features if _EMPTY_CAMERA not in key)
 
     @property
-    def _vlm(self) -> nn.Module:
+    def _vlm(self) -> Any:
         return self.policy.model.paligemma_with_expert.paligemma
 
     @property
-    def _language_model(self) -> nn.Module:
+    def _language_model(self) -> Any:
         return self._vlm.model.language_model
 
     @property
-    def _expert(self) -> nn.Module:
+    def _expert(self) -> Any:
         return self.policy.model.paligemma_with_expert.gemma_expert
 
     def train(self, mode: bool = True) -> "PiFlowPolicy":
@@ -180,7 +180,8 @@ class PiFlowPolicy(FlowPolicy):
         missing = [camera for camera in self.cameras if camera not in batch]
         if missing:
             raise ValueError(
-                f"The batch lacks camera(s) {missing}; it has {sorted(map(str, batch))}. Give all of {list(self.cameras)}."
+                f"The batch lacks camera(s) {missing}; it has {sorted(map(str, batch))}. "
+                f"Give all of {list(self.cameras)}."
             )
         images, masks = self.policy._preprocess_images(batch)
         present = sum(key in batch for key in self.policy.config.image_features)

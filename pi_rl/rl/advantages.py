@@ -1,4 +1,4 @@
-"""Advantage estimation over action chunks (paper section 4.3). Shapes: T chunks, B environments, N valid samples."""
+"""Advantages of action chunks (paper section 4.3.1, Eq. 13). Shapes: T chunks, B environments, N valid samples."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""PPO losses and their diagnostics (paper section 4.3). N is the number of samples of a minibatch."""
+"""PPO losses and their diagnostics (paper section 4.3.1, Eq. 14-15). N is the number of samples of a minibatch."""
 
 import torch
 from torch import Tensor

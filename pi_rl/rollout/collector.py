@@ -66,7 +66,7 @@ class RolloutStatistics:
 class Rollout:
     """What one iteration learns from: the buffer and the statistics of the episodes in it."""
 
-    buffer: RolloutBuffer
+    buffer: RolloutBuffer[Prefix]
     statistics: RolloutStatistics
 
 
@@ -131,7 +131,8 @@ class RolloutCollector:
     ) -> None:
         self.env, self.model, self.io = env, model, io
         self.chunks, self.gamma, self.gae_lambda = chunks, gamma, gae_lambda
-        self.seed, self.auto_reset, self.prefix_storage = seed, auto_reset, prefix_storage
+        self.seed, self.auto_reset = seed, auto_reset
+        self._prefixes = PrefixStore(prefix_storage, capacity=chunks * env.num_envs)
         self.env_index = rank * env.num_envs + np.arange(env.num_envs)
         self.task = self.env_index % len(env.spec.tasks)
 
@@ -144,24 +145,25 @@ class RolloutCollector:
             progress: Called as ``progress(chunks done, T, text)``.
 
         Returns:
-            The buffer of valid samples with advantages (not normalised) and returns, and episode statistics.
+            The buffer of valid samples with advantages (not normalised) and returns, and episode statistics. Its
+            prefixes are valid until the next call, which reuses their memory.
         """
         self.model.eval()
         self._begin(iteration)
         record = _Record.empty(self.chunks, self.env.num_envs)
-        prefixes = PrefixStore(self.prefix_storage)
+        self._prefixes.clear()
         observation = self.env.reset(self._reset_ids())
         for step in range(self.chunks):
             rows = np.flatnonzero(self._running)
             if len(rows) == 0:
                 break
             prefix, actions = self._act(observation, rows, step, record)
-            prefixes.append(prefix)
+            self._prefixes.append(prefix)
             observation = self._simulate(actions, rows, step, record)
             if progress is not None:
                 progress(step + 1, self.chunks, self._progress_text())
         self._bootstrap(observation, record)
-        return Rollout(self._fill_buffer(record, prefixes), self._statistics)
+        return Rollout(self._fill_buffer(record), self._statistics)
 
     def _begin(self, iteration: int) -> None:
         num_envs, tasks = self.env.num_envs, self.env.spec.tasks
@@ -248,7 +250,7 @@ class RolloutCollector:
         prefix = self.model("encode", batch=self.io.batch(observation, rows))
         return self.model("value", prefix=prefix).cpu().numpy()
 
-    def _fill_buffer(self, record: _Record, prefixes: PrefixStore) -> RolloutBuffer:
+    def _fill_buffer(self, record: _Record) -> RolloutBuffer[Prefix]:
         truncated = torch.from_numpy(record.truncated)
         terminated = torch.from_numpy(record.terminated)
         valid = torch.from_numpy(record.valid)
@@ -274,7 +276,7 @@ class RolloutCollector:
             values=values[:-1][valid].to(device),
             advantages=advantages[valid].to(device),
             returns=returns[valid].to(device),
-            prefix=prefixes,
+            prefix=self._prefixes,
         )
 
     def _progress_text(self) -> str:

@@ -10,7 +10,7 @@ from pi_rl.envs.vector_env import EVAL_STATES, Observation, VectorEnv
 from pi_rl.policies.actor_critic import FlowActorCritic
 from pi_rl.rollout.policy_io import PolicyIO
 from pi_rl.rollout.randomness import EVAL_STREAM, chunk_noise
-from pi_rl.rollout.summary import EvalSummary
+from pi_rl.rollout.summary import EvalSummary, summarize_episodes
 
 Progress = Callable[[int, int, str], None]
 
@@ -34,7 +34,7 @@ class EpisodeResults:
     def summary(self) -> EvalSummary:
         """Success rate with interval and episode length, in total and per task."""
         names = [self.tasks[task] for task in self.reset_ids[:, 0]]
-        return EvalSummary.from_episodes(self.success.tolist(), self.length.tolist(), names)
+        return summarize_episodes(names, self.success.tolist(), self.length.tolist())
 
 
 def evaluation_ids(num_tasks: int, episodes: int) -> np.ndarray:
@@ -133,7 +133,9 @@ class _EpisodeQueue:
         self.episode = np.full(num_envs, -1, np.int64)
         self.chunk = np.zeros(num_envs, np.int64)
         self._task = np.full(num_envs, -1, np.int64)
-        self._waiting = {int(task): list(np.flatnonzero(reset_ids[:, 0] == task)) for task in np.unique(reset_ids[:, 0])}
+        self._waiting = {
+            int(task): list(np.flatnonzero(reset_ids[:, 0] == task)) for task in np.unique(reset_ids[:, 0])
+        }
 
     def next_for(self, slots: np.ndarray) -> np.ndarray:
         """Gives each slot its next episode; returns the slots that got one."""

@@ -160,8 +160,8 @@ class FlowPPOConfig(TrainingArguments):
             f"{self.num_envs} envs x {self.rollout_chunks} chunks = {self.samples_per_iteration} samples; "
             f"minibatch {self.minibatch_size} = {self.per_device_train_batch_size} per device x "
             f"{self.gradient_accumulation_steps} accumulation x {self.world_size} process(es); "
-            f"{self.num_minibatches} minibatches x {self.update_epochs} epochs = {self.updates_per_iteration} optimiser "
-            f"steps per iteration; x {self.num_iterations} iterations = "
+            f"{self.num_minibatches} minibatches x {self.update_epochs} epochs = {self.updates_per_iteration} "
+            f"optimiser steps per iteration; x {self.num_iterations} iterations = "
             f"{self.updates_per_iteration * self.num_iterations} optimiser steps"
         )
 
@@ -196,7 +196,7 @@ class FlowPPOConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}.")
 
     def _iterations_to_steps(self) -> None:
-        """Translates 'every N iterations' into the Trainer's optimiser steps, which only come out even at iterations."""
+        """Translates 'every N iterations' into optimiser steps, the Trainer's unit."""
         minibatch = self.per_device_train_batch_size * self.gradient_accumulation_steps * self._world_size_hint()
         updates = max(1, self.update_epochs * (self.samples_per_iteration // max(1, minibatch)))
         if self.eval_every_iterations is not None:
@@ -221,9 +221,13 @@ class FlowPPOConfig(TrainingArguments):
             raise ValueError(
                 f"A rollout has {self.num_envs} envs x {self.rollout_chunks} chunks / {self.world_size} process(es) = "
                 f"{local} samples per process, which do not divide into per_device_train_batch_size="
-                f"{self.per_device_train_batch_size} x gradient_accumulation_steps={self.gradient_accumulation_steps}. "
-                f"Use per_device_train_batch_size {', '.join(map(str, sorted(near))) or '—'}"
-                + ("." if near else ", or a gradient_accumulation_steps that divides the samples.")
+                f"{self.per_device_train_batch_size} x gradient_accumulation_steps="
+                f"{self.gradient_accumulation_steps}. "
+                + (
+                    f"Use per_device_train_batch_size {' or '.join(map(str, sorted(near)))}."
+                    if near
+                    else "Use a gradient_accumulation_steps that divides the samples."
+                )
             )
 
     def _check_strategies(self) -> None:

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.processor import PolicyProcessorPipeline
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, set_seed
@@ -18,19 +20,15 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from pi_rl.envs.registry import make_env
 from pi_rl.envs.vector_env import VectorEnv
-from pi_rl.flow.noise_network import NoiseNetwork
 from pi_rl.policies.actor_critic import FlowActorCritic
 from pi_rl.policies.checkpoints import (
     LoadedPolicy,
-    check_compatibility,
     load_heads,
-    load_policy,
     load_policy_weights,
     save_heads,
     save_policy,
 )
-from pi_rl.policies.critic import ValueHead
-from pi_rl.policies.pi import PiFlowPolicy
+from pi_rl.policies.flow_policy import check_compatibility
 from pi_rl.rl.advantages import normalize_advantages
 from pi_rl.rl.buffer import Minibatch, RolloutBuffer, minibatch_permutations
 from pi_rl.rl.losses import clipped_surrogate, clipped_value_loss, explained_variance
@@ -38,6 +36,7 @@ from pi_rl.rollout.collector import Rollout, RolloutCollector
 from pi_rl.rollout.evaluator import EpisodeResults, evaluate_policy, evaluation_ids
 from pi_rl.rollout.policy_io import PolicyIO
 from pi_rl.rollout.randomness import shuffle_seed
+from pi_rl.trainer.build import build_actor_critic, load_model
 from pi_rl.trainer.callbacks import IterationReport
 from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
 from pi_rl.trainer.metrics import MetricStore, all_reduce
@@ -56,11 +55,13 @@ class FlowPPOTrainer(Trainer):
     runs the deterministic (ODE) policy once from each of ``eval_episodes`` fixed initial states.
 
     Args:
-        model: Hub id or local folder of a LeRobot π0/π0.5 checkpoint, or what ``load_policy`` returned.
+        model: Hub id or local folder of a LeRobot π0/π0.5 checkpoint, what ``load_policy`` returned, or a LeRobot
+            policy object (then ``processors`` are needed).
         args: Configuration.
         env: Environment name such as ``"metaworld:handle-press-v3"``, or a ``VectorEnv`` with
             ``num_envs / processes`` environments.
         env_kwargs: Options for ``make_env`` when ``env`` is a name.
+        processors: LeRobot's (preprocessor, postprocessor) of a policy object.
         callbacks: Further callbacks.
 
     Raises:
@@ -71,10 +72,11 @@ class FlowPPOTrainer(Trainer):
 
     def __init__(
         self,
-        model: str | Path | LoadedPolicy,
+        model: str | Path | LoadedPolicy | PreTrainedPolicy,
         args: FlowPPOConfig,
         env: str | VectorEnv,
         env_kwargs: Mapping[str, Any] | None = None,
+        processors: tuple[PolicyProcessorPipeline, PolicyProcessorPipeline] | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         if args.n_gpu > 1:
@@ -85,8 +87,7 @@ class FlowPPOTrainer(Trainer):
         if args.auto_find_batch_size:
             raise ValueError("auto_find_batch_size is not supported: the batch arithmetic fixes the minibatches.")
         set_seed(args.seed)
-        loaded = model if isinstance(model, LoadedPolicy) else load_policy(model, n_action_steps=args.n_action_steps)
-        self._loaded = loaded
+        loaded = self._loaded = load_model(model, args, processors)
         actor_critic = build_actor_critic(loaded, args)
         self.metrics = MetricStore()
         self.env_steps, self.episodes = 0, 0
@@ -207,7 +208,9 @@ class FlowPPOTrainer(Trainer):
         def reduce(values: Tensor) -> Tensor:
             return all_reduce(self.accelerator, values, "sum")
 
-        explained = explained_variance(buffer.values, buffer.returns).nan_to_num(0.0)  # all returns equal: nothing explained
+        explained = explained_variance(buffer.values, buffer.returns).nan_to_num(
+            0.0
+        )  # all returns equal: nothing explained
         self.metrics.add({"ppo/explained_variance": explained}, len(buffer))
         self.metrics.add({"ppo/advantage_std": buffer.advantages.std()}, len(buffer))
         buffer.advantages = normalize_advantages(buffer.advantages, reduce=reduce)
@@ -255,9 +258,7 @@ class FlowPPOTrainer(Trainer):
         """
         args, batch = self.args, inputs["batch"]
         score, values = model("score", prefix=batch.prefix, chain=batch.chain)
-        policy_loss, diagnostics = clipped_surrogate(
-            score.log_prob, batch.log_prob, batch.advantages, args.clip_range
-        )
+        policy_loss, diagnostics = clipped_surrogate(score.log_prob, batch.log_prob, batch.advantages, args.clip_range)
         value_loss, value_diagnostics = clipped_value_loss(
             values, batch.values, batch.returns, clip_range=args.value_clip_range, huber_delta=args.huber_delta
         )
@@ -294,17 +295,17 @@ class FlowPPOTrainer(Trainer):
             broken = [name for name, tensor in parts.items() if not torch.isfinite(tensor).all()]
             raise FloatingPointError(
                 f"The loss is {loss.item()} in iteration {self.iteration}, tick {tick}; not finite: "
-                f"{', '.join(broken) or 'only the loss itself'}. Lower learning_rate or max_grad_norm, raise the noise "
-                "(noise_level or noise_std_min), and resume from the last checkpoint."
+                f"{', '.join(broken) or 'only the loss itself'}. Lower learning_rate or max_grad_norm, raise "
+                "the noise (noise_level or noise_std_min), and resume from the last checkpoint."
             )
         if tick == 0:
             error = (log_prob.detach() - batch.log_prob).exp().sub(1).abs().max()
             self.metrics.add({"ppo/ratio_error_first": error}, 1)
             if error > FIRST_RATIO_LIMIT:
                 raise RuntimeError(
-                    f"The first minibatch's probability ratio is off by {error.item():.3g} before any update (allowed: "
-                    f"{FIRST_RATIO_LIMIT}). Sampling and scoring disagree: check that the policy runs in the same "
-                    "precision and attention implementation in both."
+                    f"The first minibatch's probability ratio is off by {error.item():.3g} before any update "
+                    f"(allowed: {FIRST_RATIO_LIMIT}). Sampling and scoring disagree: check that the policy runs in "
+                    "the same precision and attention implementation in both."
                 )
 
     def _check_target_kl(self, approx_kl: Tensor, share: float, tick: int) -> None:
@@ -393,12 +394,14 @@ class FlowPPOTrainer(Trainer):
         """A LeRobot policy folder plus critic, noise network and counters."""
         folder = Path(output_dir or self.args.output_dir)
         module = self.actor_critic
+        # the name that a checkpoint written aside will have
+        final = Path(self.args.output_dir) / folder.name if self._checkpoint_root else folder
         save_policy(
             folder,
             self._loaded.policy,
             self._loaded.preprocessor,
             self._loaded.postprocessor,
-            tokenizer_source=self._loaded.path,
+            tokenizer_name=str(final.absolute()),
         )
         save_heads(folder, module)
         state = {"env_steps": self.env_steps, "episodes": self.episodes, "iteration": self.iteration}
@@ -457,24 +460,3 @@ class FlowPPOTrainer(Trainer):
         if best is not None:
             load_policy_weights(self._loaded.policy, Path(best))
             load_heads(Path(best), self.actor_critic)
-
-
-def build_actor_critic(loaded: LoadedPolicy, args: FlowPPOConfig) -> FlowActorCritic:
-    """Policy with frozen VLM, value head and, for learned noise, the noise network.
-
-    Args:
-        loaded: Policy and processors.
-        args: Sampler and head settings.
-
-    Returns:
-        The module that is trained, in float32 outside the frozen VLM.
-    """
-    policy = PiFlowPolicy(loaded.policy)
-    policy.freeze_vlm()
-    value_head = ValueHead(policy, hidden_sizes=tuple(args.critic_hidden_sizes))
-    noise_network = None
-    if args.noise == "flow_noise":
-        noise_network = NoiseNetwork(
-            policy.feature_dim, policy.max_action_dim, args.noise_std_min, args.noise_std_max
-        )
-    return FlowActorCritic(policy, value_head, noise_network, args.sampler())

@@ -1,7 +1,7 @@
 """The Trainer's dataset: numbers of forward-backward passes, because the data come from rollouts.
 
-accelerate's prepared loaders read one batch ahead, so a rollout inside a dataset would act with weights one update old.
-The ticks carry no data; the trainer slices its rollout by them.
+accelerate's prepared loaders read one batch ahead, so a rollout inside a dataset would act with weights that are one
+update old. The ticks carry no data; the trainer slices its rollout by them.
 """
 
 from torch.utils.data import DataLoader, Dataset

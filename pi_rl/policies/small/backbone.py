@@ -9,7 +9,6 @@ from torch import nn
 from transformers import GemmaConfig, PaliGemmaConfig
 
 _ACTIVATION = "gelu_pytorch_tanh"
-_TIME_MODULATION = 0.5  # relative to other layers: time must matter from the start without dominating
 
 
 class SmallBackbone:
@@ -58,8 +57,8 @@ class SmallPolicy:
 def initialise(model: nn.Module, scale: float) -> None:
     """Draws linear and convolution weights from N(0, (scale / √fan_in)²) and zeroes their biases, in place.
 
-    Time-conditioned norms start near the identity, with open residual gates: LeRobot's zero weights would make an
-    untrained π0.5 independent of time.
+    That includes the time-conditioned norms, whose weights LeRobot starts at zero: an untrained π0.5 would not depend
+    on time. Their residual gates start open.
 
     Args:
         model: The network.
@@ -73,7 +72,6 @@ def initialise(model: nn.Module, scale: float) -> None:
                 nn.init.zeros_(module.bias)
     for module in model.modules():
         if isinstance(module, PiGemmaRMSNorm) and module.dense is not None:
-            nn.init.normal_(module.dense.weight, std=_TIME_MODULATION * scale / math.sqrt(module.dense.in_features))
             nn.init.ones_(module.dense.bias.data[2 * module.dim :])  # order: scale, shift, gate
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -63,7 +64,6 @@ def create_small_policy(
         raise ValueError(f"kind={kind!r} is unknown; use one of {KINDS}.")
     if not cameras or not instructions:
         raise ValueError("A small policy needs at least one camera and one instruction.")
-    folder = Path(output_dir).absolute()
     vocab_size = sizes.pop("vocab_size", 512)
     tokenizer = train_tokenizer(training_texts(kind, instructions), vocab_size)
     longest = longest_prompt(tokenizer, kind, instructions, state_dim)
@@ -88,11 +88,11 @@ def create_small_policy(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         policy = get_policy_class(config.type)(config)
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save_pretrained(folder)
-    config.tokenizer_name = str(folder)
-    preprocessor, postprocessor = make_pre_post_processors(config, dataset_stats=dataset_stats)
-    return save_policy(folder, policy, preprocessor, postprocessor)
+    with TemporaryDirectory() as tokenizer_folder:
+        tokenizer.save_pretrained(tokenizer_folder)
+        config.tokenizer_name = tokenizer_folder
+        preprocessor, postprocessor = make_pre_post_processors(config, dataset_stats=dataset_stats)
+        return save_policy(output_dir, policy, preprocessor, postprocessor)
 
 
 def _input_features(

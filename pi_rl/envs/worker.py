@@ -1,0 +1,274 @@
+"""The process that simulates: takes commands over a socket, exchanges arrays over shared memory.
+
+`pi_rl.envs.workers` starts it as `python -m pi_rl.envs.worker SOCKET_FD MEMORY_FD`. It imports numpy and the
+simulator, never torch, transformers or lerobot.
+"""
+
+import importlib
+import mmap
+import os
+import signal
+import sys
+import time
+import traceback
+import warnings
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi_rl.envs.vector_env import ExpertEpisode, ExpertRequest
+
+BACKENDS = {"metaworld": "pi_rl.envs.metaworld:MetaWorldBackend"}
+PARENT_CHECK_S = 5.0
+_ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Sizes of the shared arrays.
+
+    Attributes:
+        num_envs: B.
+        max_chunk: Largest number of actions in a chunk.
+        action_dim: A.
+        state_dim: Size of the state.
+        height: Image height in pixels.
+        width: Image width in pixels.
+    """
+
+    num_envs: int
+    max_chunk: int
+    action_dim: int
+    state_dim: int
+    height: int
+    width: int
+
+    def fields(self) -> dict[str, tuple[tuple[int, ...], type]]:
+        """Returns shape and dtype of each shared array; the first axis is always the environment."""
+        envs = self.num_envs
+        return {
+            "reset_ids": ((envs, 2), np.int64),
+            "active": ((envs,), np.bool_),
+            "actions": ((envs, self.max_chunk, self.action_dim), np.float32),
+            "rewards": ((envs, self.max_chunk), np.float32),
+            "terminated": ((envs,), np.bool_),
+            "truncated": ((envs,), np.bool_),
+            "steps": ((envs,), np.int64),
+            "states": ((envs, self.state_dim), np.float32),
+            "images": ((envs, self.height, self.width, 3), np.uint8),
+        }
+
+    def _offsets(self) -> tuple[dict[str, int], int]:
+        offsets, end = {}, 0
+        for name, (shape, dtype) in self.fields().items():
+            offsets[name] = end
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            end += -(-size // _ALIGNMENT) * _ALIGNMENT
+        return offsets, end
+
+    def nbytes(self) -> int:
+        """Returns the size of the shared memory in bytes."""
+        return self._offsets()[1]
+
+    def arrays(self, memory: mmap.mmap) -> dict[str, NDArray[Any]]:
+        """Returns the arrays as views into the memory."""
+        offsets, _ = self._offsets()
+        return {
+            name: np.ndarray(shape, dtype, buffer=memory, offset=offsets[name])
+            for name, (shape, dtype) in self.fields().items()
+        }
+
+
+class Worker:
+    """Simulators of one process: some of the environments, and one per task for scripted experts."""
+
+    def __init__(self, backend: Any, arrays: dict[str, NDArray[Any]], max_episode_steps: int):
+        """Starts without simulators; resets make them.
+
+        Args:
+            backend: Makes simulators; see `MetaWorldBackend`.
+            arrays: Shared arrays of `Layout`.
+            max_episode_steps: Steps after which an episode is truncated.
+        """
+        self._backend = backend
+        self._arrays = arrays
+        self._max_episode_steps = max_episode_steps
+        self._slots: dict[int, tuple[int, Any]] = {}  # environment -> task index, simulator
+        self._idle: dict[int, list[Any]] = defaultdict(list)
+        self._experts: dict[int, Any] = {}
+        self._made = 0
+        self.commands: dict[str, Callable[..., Any]] = {
+            "reset": self.reset,
+            "step_chunk": self.step_chunk,
+            "render": self.render,
+            "rollout_expert": self.rollout_expert,
+            "report": self.report,
+        }
+
+    def _simulator(self, slot: int, task: int) -> Any:
+        """The environment's simulator if it is of that task, else an idle or a new one."""
+        current = self._slots.get(slot)
+        if current is not None and current[0] == task:
+            return current[1]
+        if current is not None:
+            self._idle[current[0]].append(current[1])
+        sim = self._idle[task].pop() if self._idle[task] else self._make(task)
+        self._slots[slot] = (task, sim)
+        return sim
+
+    def _make(self, task: int) -> Any:
+        self._made += 1
+        return self._backend.make(task)
+
+    def reset(self, slots: list[int]) -> None:
+        """Resets environments to the shared `reset_ids` and writes their first observations."""
+        for slot in slots:
+            task, state_id = (int(number) for number in self._arrays["reset_ids"][slot])
+            sim = self._simulator(slot, task)
+            sim.reset(state_id)
+            self._observe(slot, sim)
+
+    def _observe(self, slot: int, sim: Any) -> None:
+        self._arrays["states"][slot] = sim.state
+        sim.draw(self._arrays["images"][slot])
+
+    def step_chunk(self, slots: list[int], chunk: int) -> None:
+        """Executes the first `chunk` shared actions of the active environments among `slots`."""
+        arrays = self._arrays
+        for slot in slots:
+            rewards = arrays["rewards"][slot]
+            rewards[:chunk] = 0.0
+            solved, steps = False, 0
+            if arrays["active"][slot]:
+                sim = self._slots[slot][1]
+                while steps < chunk and not solved and sim.steps < self._max_episode_steps:
+                    solved = sim.step(arrays["actions"][slot, steps])
+                    steps += 1
+                rewards[steps - 1] = float(solved)
+                arrays["truncated"][slot] = not solved and sim.steps >= self._max_episode_steps
+                arrays["states"][slot] = sim.state
+                if not solved:  # nobody needs the image of a finished task, and images cost most
+                    sim.draw(arrays["images"][slot])
+            else:
+                arrays["truncated"][slot] = False
+            arrays["terminated"][slot] = solved
+            arrays["steps"][slot] = steps
+
+    def render(self, slots: list[int], height: int, width: int, show_arm: bool) -> list[NDArray[np.uint8]]:
+        """Draws video frames of environments that were reset before."""
+        return [self._slots[slot][1].frame(height, width, show_arm=show_arm) for slot in slots]
+
+    def rollout_expert(self, request: ExpertRequest) -> ExpertEpisode:
+        """Runs a scripted expert once without images, and again with images if it succeeded and they are wanted.
+
+        Most noisy attempts fail and an image costs as much as ten steps, so only kept episodes are drawn; resets and
+        physics are deterministic, so the second run is the first one.
+        """
+        task = int(request.task)
+        if task not in self._experts:
+            self._experts[task] = self._make(task)
+        sim = self._experts[task]
+        noise = np.random.default_rng(request.noise_seed)
+        innovation = np.sqrt(1.0 - request.noise_rho**2) * request.noise_std
+        drift = np.zeros(3)
+        actions: list[NDArray[np.float32]] = []
+        states: list[NDArray[np.float32]] = []
+        success = False
+        sim.reset(request.state_id)
+        while len(actions) < request.max_steps and not success:
+            action = self._backend.expert_action(sim)
+            drift = request.noise_rho * drift + innovation * noise.standard_normal(3)
+            action[:3] = np.clip(action[:3] + drift, -1.0, 1.0)
+            states.append(sim.state)
+            actions.append(action)
+            success = sim.step(action)
+        images = self._replay(sim, request.state_id, actions) if success and request.frames else None
+        return ExpertEpisode(
+            task=task,
+            state_id=request.state_id,
+            success=success,
+            actions=np.stack(actions),
+            states=np.stack(states),
+            images=images,
+        )
+
+    def _replay(self, sim: Any, state_id: int, actions: list[NDArray[np.float32]]) -> NDArray[np.uint8]:
+        """Images before each action, uint8 (n, H, W, 3)."""
+        images = np.empty((len(actions), *self._arrays["images"].shape[1:]), np.uint8)
+        sim.reset(state_id)
+        success = False
+        for image, action in zip(images, actions, strict=True):
+            sim.draw(image)
+            success = sim.step(action)
+        if not success:
+            raise RuntimeError(
+                f"the replay of state {state_id} did not repeat the episode: the simulator is not deterministic"
+            )
+        return images
+
+    def report(self) -> dict[str, Any]:
+        """Tells what this process holds: imported top-level modules, simulators made, CPU seconds, renderer."""
+        return {
+            "pid": os.getpid(),
+            "modules": sorted({name.partition(".")[0] for name in sys.modules}),
+            "simulators": self._made,
+            "cpu_seconds": time.process_time(),
+            "renderer": os.environ.get("MUJOCO_GL", ""),
+        }
+
+
+def serve(connection: Connection, memory: mmap.mmap) -> None:
+    """Answers commands until told to close, or until the parent process is gone.
+
+    The first message is the configuration (dict: simulator, tasks, options, layout, max_episode_steps). Each later one
+    is (command, arguments); each answer is ("ok", result) or ("error", exception name, message, traceback).
+    """
+    parent = os.getppid()
+    config = connection.recv()
+    module, _, name = BACKENDS[config["simulator"]].partition(":")
+    backend = getattr(importlib.import_module(module), name)(config["tasks"], config["options"])
+    worker = Worker(backend, Layout(**config["layout"]).arrays(memory), config["max_episode_steps"])
+    try:
+        connection.send(("ok", None))
+        _answer(connection, worker, parent)
+    finally:
+        backend.close()  # before the interpreter ends: OpenGL contexts freed during shutdown print errors
+
+
+def _answer(connection: Connection, worker: Worker, parent: int) -> None:
+    while True:
+        # A process forked from the parent may hold the socket open after the parent died, so its id is checked too.
+        if not connection.poll(PARENT_CHECK_S):
+            if os.getppid() != parent:
+                return
+            continue
+        command, arguments = connection.recv()
+        if command == "close":
+            return
+        try:
+            reply: tuple[Any, ...] = ("ok", worker.commands[command](*arguments))
+        except Exception as error:  # the parent raises it: this is the border between the processes
+            reply = ("error", type(error).__name__, str(error), traceback.format_exc())
+        connection.send(reply)
+
+
+def main() -> None:
+    """Entry point: descriptors of the socket and of the shared memory are the two arguments."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent closes its workers
+    warnings.filterwarnings("ignore")
+    socket_fd, memory_fd = (int(argument) for argument in sys.argv[1:3])
+    memory = mmap.mmap(memory_fd, 0)
+    os.close(memory_fd)
+    try:
+        serve(Connection(socket_fd), memory)
+    except (EOFError, ConnectionError):
+        return  # the parent is gone
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,343 @@
+"""Policies to and from folders in LeRobot's layout, and the value head and noise network beside them.
+
+config.json                      LeRobot configuration with "type"
+model.safetensors                all weights, keys "model.*"
+policy_preprocessor.json, policy_postprocessor.json and their *.safetensors
+tokenizer.json, tokenizer_config.json, …     only when the policy carries its own tokenizer
+critic.safetensors, noise_network.safetensors     only in training checkpoints
+"""
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from lerobot.configs import PreTrainedConfig
+from lerobot.policies.factory import get_policy_class, make_pre_post_processors
+from lerobot.policies.pi0.configuration_pi0 import PI0Config
+from lerobot.policies.pi05.configuration_pi05 import PI05Config
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.processor import PolicyProcessorPipeline, TokenizerProcessorStep
+from torch import Tensor, nn
+
+import pi_rl.policies.small  # noqa: F401  (registers the small policy types)
+from pi_rl.policies.actor_critic import FlowActorCritic
+from pi_rl.policies.flow_policy import check_compatibility as check_compatibility
+from pi_rl.policies.weights import (
+    build_with_weights,
+    check_tensors,
+    flush_to_disk,
+    load_weights,
+    read_tensors,
+    write_tensors,
+)
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+PREPROCESSOR_FILE = "policy_preprocessor.json"
+POSTPROCESSOR_FILE = "policy_postprocessor.json"
+CRITIC_FILE = "critic.safetensors"
+NOISE_NETWORK_FILE = "noise_network.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+)
+_DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.jinja", "README.md")
+_TOKENIZER_STEP, _DEVICE_STEP = "tokenizer_processor", "device_processor"
+
+
+@dataclass
+class LoadedPolicy:
+    """A policy with its processors.
+
+    Attributes:
+        policy: LeRobot policy in eval mode; wrap it with `PiFlowPolicy` for reinforcement learning.
+        preprocessor: Raw observations → batch for the policy.
+        postprocessor: Normalised actions (B, T, A) → environment actions.
+        path: Folder it was read from; None for a policy made in memory.
+    """
+
+    policy: PreTrainedPolicy
+    preprocessor: PolicyProcessorPipeline
+    postprocessor: PolicyProcessorPipeline
+    path: Path | None
+
+
+def load_policy(
+    path_or_hub_id: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    n_action_steps: int | None = None,
+    denoising_steps: int | None = None,
+) -> LoadedPolicy:
+    """Loads a π0 or π0.5 policy, strictly: it has the file's weights or there is an error.
+
+    Args:
+        path_or_hub_id: Folder in LeRobot's layout, or a Hub id "user/name".
+        device: Device of the policy and of the preprocessor's output.
+        revision: Hub commit, branch or tag; only for Hub ids.
+        n_action_steps: Executed steps C; None keeps the stored value.
+        denoising_steps: Deployment denoising steps K; None keeps the stored value.
+
+    Raises:
+        ValueError: If files are missing or do not belong together, or a setting is out of range.
+        RuntimeError: If the tokenizer cannot be loaded.
+    """
+    folder = _resolve_folder(path_or_hub_id, revision)
+    config = _read_config(folder)
+    _override(config, n_action_steps, denoising_steps)
+    config.device = None  # LeRobot's constructors then leave the (empty) weights where they are
+    policy = build_with_weights(lambda: get_policy_class(config.type)(config), folder / WEIGHTS_FILE)
+    config.device = str(device)
+    policy.to(device)
+    policy.eval()
+    preprocessor, postprocessor = _read_processors(folder, config)
+    return LoadedPolicy(policy=policy, preprocessor=preprocessor, postprocessor=postprocessor, path=folder)
+
+
+def load_policy_weights(policy: PreTrainedPolicy, folder: str | Path) -> None:
+    """Copies the weights of a policy folder into an existing policy of the same sizes, in place.
+
+    Raises:
+        ValueError: If the weights are missing or do not fit; the policy is unchanged then.
+    """
+    load_weights(policy, Path(folder) / WEIGHTS_FILE)
+
+
+def save_policy(
+    folder: str | Path,
+    policy: PreTrainedPolicy,
+    preprocessor: PolicyProcessorPipeline,
+    postprocessor: PolicyProcessorPipeline,
+    tokenizer_source: str | Path | None = None,
+    extra_files: Mapping[str, str | bytes] | None = None,
+    *,
+    state_dict: Mapping[str, Tensor] | None = None,
+    tokenizer_name: str | None = None,
+) -> Path:
+    """Writes a policy folder that `load_policy` and LeRobot's commands read.
+
+    Files are written beside the folder, flushed to disk and renamed: a new folder appears complete or not at all; in
+    an existing one each file is replaced whole, the weights last, and files of other names are left alone.
+
+    Args:
+        folder: Target folder.
+        policy: LeRobot policy.
+        preprocessor: Its preprocessor.
+        postprocessor: Its postprocessor.
+        tokenizer_source: Folder whose tokenizer files go into the checkpoint. None, or a folder without
+            them, stands for the preprocessor's own tokenizer: copied from a local folder, only referred to on the Hub.
+        extra_files: Contents of further files by name, for instance README.md.
+        state_dict: Weights to write instead of `policy.state_dict()`, for instance gathered from a sharded model.
+        tokenizer_name: Name recorded for a copied tokenizer; None is the folder itself. Give the Hub id of a
+            checkpoint that is going to be uploaded.
+
+    Returns:
+        The folder as an absolute path.
+
+    Raises:
+        ValueError: If `state_dict` does not fit the policy, or an extra file's name is a path or taken.
+    """
+    folder = Path(folder).absolute()
+    tensors = dict(policy.state_dict() if state_dict is None else state_dict)
+    if state_dict is not None:
+        check_tensors(tensors, policy.state_dict(), "state_dict")
+    source = _tokenizer_source(preprocessor, tokenizer_source)
+    with _replacing(folder) as temporary:
+        preprocessor.save_pretrained(temporary)
+        postprocessor.save_pretrained(temporary)
+        _deployment_config(policy.config)._save_pretrained(temporary)
+        if source is not None:
+            for name in TOKENIZER_FILES:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, temporary / name)
+            set_tokenizer_name(temporary, tokenizer_name or str(folder))
+        _write_extra_files(temporary, extra_files or {})
+        write_tensors(temporary / WEIGHTS_FILE, tensors)
+    return folder
+
+
+def set_tokenizer_name(folder: str | Path, name: str) -> None:
+    """Changes the tokenizer that a policy folder refers to (a folder or a Hub id).
+
+    `load_policy` finds a tokenizer inside the folder by itself; LeRobot's commands go by this name.
+
+    Raises:
+        ValueError: If the folder has no preprocessor or configuration.
+    """
+    path = Path(folder) / PREPROCESSOR_FILE
+    pipeline = _read_json(path, "preprocessor")
+    for step in pipeline["steps"]:
+        if step.get("registry_name") == _TOKENIZER_STEP:
+            step["config"]["tokenizer_name"] = name
+    path.write_text(json.dumps(pipeline, indent=2))
+    path = Path(folder) / CONFIG_FILE
+    config = _read_json(path, "configuration")
+    if "tokenizer_name" in config:
+        config["tokenizer_name"] = name
+        path.write_text(json.dumps(config, indent=4))
+
+
+def has_tokenizer_files(folder: Path) -> bool:
+    """Whether a tokenizer can be loaded from the folder itself."""
+    vocabulary = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model"))
+    return vocabulary and (folder / "tokenizer_config.json").is_file()
+
+
+def save_heads(folder: str | Path, actor_critic: FlowActorCritic) -> None:
+    """Writes critic.safetensors and, with a noise network, noise_network.safetensors, each atomically.
+
+    They stay out of model.safetensors: LeRobot refuses unknown keys there.
+    """
+    with _replacing(Path(folder).absolute()) as temporary:
+        for name, head in _heads(actor_critic).items():
+            write_tensors(temporary / name, head.state_dict())
+
+
+def load_heads(folder: str | Path, actor_critic: FlowActorCritic) -> None:
+    """Loads what `save_heads` wrote, strictly, in place.
+
+    Raises:
+        ValueError: If a file is missing or does not fit; nothing is loaded then.
+    """
+    heads = _heads(actor_critic)
+    loaded = {name: read_tensors(Path(folder) / name, Path(name).stem.replace("_", " ")) for name in heads}
+    for name, head in heads.items():
+        check_tensors(loaded[name], head.state_dict(), str(Path(folder) / name))
+    for name, head in heads.items():
+        head.load_state_dict(loaded[name])
+
+
+def _heads(actor_critic: FlowActorCritic) -> dict[str, nn.Module]:
+    heads: dict[str, nn.Module] = {CRITIC_FILE: actor_critic.value_head}
+    if actor_critic.noise_network is not None:
+        heads[NOISE_NETWORK_FILE] = actor_critic.noise_network
+    return heads
+
+
+def _resolve_folder(path_or_hub_id: str | Path, revision: str | None) -> Path:
+    path = Path(path_or_hub_id).expanduser()
+    if path.is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} was given with the local folder {path}; it is for Hub ids only.")
+        return path.absolute()
+    text = str(path_or_hub_id)
+    if isinstance(path_or_hub_id, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1:
+        raise ValueError(f"{text!r} is neither an existing folder nor a Hub id of the form 'user/name'.")
+    return Path(snapshot_download(text, revision=revision, allow_patterns=list(_DOWNLOADED)))
+
+
+def _read_json(path: Path, what: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"No {what} in {path.parent}: {path.name} is missing. Give a folder in LeRobot's layout.")
+    return json.loads(path.read_text())
+
+
+def _read_config(folder: Path) -> PreTrainedConfig:
+    stored = _read_json(folder / CONFIG_FILE, "configuration")
+    types = sorted(
+        name
+        for name, choice in PreTrainedConfig.get_known_choices().items()
+        if issubclass(choice, PI0Config | PI05Config)
+    )
+    if stored.get("type") not in types:
+        raise ValueError(f"{folder / CONFIG_FILE} has type {stored.get('type')!r}; supported types are {types}.")
+    if stored.get("use_peft"):
+        raise ValueError(f"{folder} is a PEFT adapter (use_peft is true); merge it into its base policy first.")
+    return PreTrainedConfig.from_pretrained(folder)
+
+
+def _override(config: PreTrainedConfig, n_action_steps: int | None, denoising_steps: int | None) -> None:
+    if n_action_steps is not None:
+        if not 1 <= n_action_steps <= config.chunk_size:
+            raise ValueError(f"n_action_steps={n_action_steps} is outside 1 … chunk_size={config.chunk_size}.")
+        config.n_action_steps = n_action_steps
+    if denoising_steps is not None:
+        if denoising_steps < 1:
+            raise ValueError(f"denoising_steps={denoising_steps} must be at least 1.")
+        config.num_inference_steps = denoising_steps
+
+
+def _read_processors(
+    folder: Path, config: PreTrainedConfig
+) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
+    stored = {
+        name: _read_json(folder / name, what)
+        for name, what in ((PREPROCESSOR_FILE, "preprocessor"), (POSTPROCESSOR_FILE, "postprocessor"))
+    }
+    for name, pipeline in stored.items():
+        for file in (step.get("state_file") for step in pipeline["steps"]):
+            if file and not (folder / file).is_file():
+                raise ValueError(f"{folder / name} refers to {file}, which is missing; copy it into the folder.")
+    steps = {step.get("registry_name"): step.get("config", {}) for step in stored[PREPROCESSOR_FILE]["steps"]}
+    overrides: dict[str, dict[str, Any]] = {}
+    if _DEVICE_STEP in steps:
+        overrides[_DEVICE_STEP] = {"device": config.device}
+    tokenizer = steps.get(_TOKENIZER_STEP, {}).get("tokenizer_name")
+    if _TOKENIZER_STEP in steps and has_tokenizer_files(folder):
+        tokenizer = str(folder)
+        overrides[_TOKENIZER_STEP] = {"tokenizer_name": tokenizer}
+    try:
+        return make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=overrides)
+    except Exception as error:  # LeRobot wraps every cause in its own ValueError
+        raise RuntimeError(
+            f"The processors of {folder} could not be built (tokenizer {tokenizer!r}): {error}\nIf the tokenizer is "
+            "the cause, accept its licence and log in to the Hub, or put its files into the folder."
+        ) from error
+
+
+def _tokenizer_source(preprocessor: PolicyProcessorPipeline, source: str | Path | None) -> Path | None:
+    named = [step.tokenizer_name for step in preprocessor.steps if isinstance(step, TokenizerProcessorStep)]
+    candidates = [Path(name) for name in (source, *named) if name]
+    return next((path for path in candidates if has_tokenizer_files(path)), None)
+
+
+def _deployment_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    config = copy.deepcopy(config)
+    config.push_to_hub = False
+    config.use_peft = False
+    config.pretrained_path = None
+    return config
+
+
+def _write_extra_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
+    for name, content in files.items():
+        if Path(name).name != name or (folder / name).exists() or name == WEIGHTS_FILE:
+            raise ValueError(f"Extra file {name!r} must be a plain name that the policy itself does not use.")
+        (folder / name).write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextmanager
+def _replacing(folder: Path) -> Iterator[Path]:
+    """Gives a temporary sibling folder whose files become the folder's when the block ends without an error."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        yield temporary
+        files = sorted(temporary.iterdir(), key=lambda path: path.name == WEIGHTS_FILE)
+        for path in files:
+            flush_to_disk(path)
+        flush_to_disk(temporary)
+        if folder.exists():
+            for path in files:
+                os.replace(path, folder / path.name)
+            flush_to_disk(folder)
+        else:
+            temporary.chmod(0o755)  # mkdtemp makes private folders
+            temporary.rename(folder)
+        flush_to_disk(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

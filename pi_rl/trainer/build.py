@@ -1,0 +1,59 @@
+"""What a trainer trains: a loaded policy, and policy, critic and noise network in one module."""
+
+from pathlib import Path
+
+from lerobot.policies.pretrained import PreTrainedPolicy
+from lerobot.processor import PolicyProcessorPipeline
+
+from pi_rl.flow.noise_network import NoiseNetwork
+from pi_rl.policies.actor_critic import FlowActorCritic
+from pi_rl.policies.checkpoints import LoadedPolicy, load_policy
+from pi_rl.policies.critic import ValueHead
+from pi_rl.policies.pi import PiFlowPolicy
+from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
+
+
+def load_model(
+    model: str | Path | LoadedPolicy | PreTrainedPolicy,
+    args: FlowPPOConfig,
+    processors: tuple[PolicyProcessorPipeline, PolicyProcessorPipeline] | None,
+) -> LoadedPolicy:
+    """The policy and processors that a trainer was given in one of three ways.
+
+    Args:
+        model: Hub id or folder, loaded policy, or a LeRobot policy object.
+        args: Device and number of executed steps.
+        processors: (preprocessor, postprocessor) of a policy object.
+
+    Raises:
+        ValueError: When a policy object comes without processors.
+    """
+    if isinstance(model, str | Path):
+        return load_policy(model, device=args.device, n_action_steps=args.n_action_steps)
+    if isinstance(model, LoadedPolicy):
+        return model
+    if processors is None:
+        raise ValueError(
+            "A policy object comes without its processors; pass processors=(preprocessor, postprocessor), or give the "
+            "folder or Hub id of a checkpoint, which holds them."
+        )
+    return LoadedPolicy(model, *processors, path=None)
+
+
+def build_actor_critic(loaded: LoadedPolicy, args: FlowPPOConfig) -> FlowActorCritic:
+    """Policy with frozen VLM, value head and, for learned noise, the noise network.
+
+    Args:
+        loaded: Policy and processors.
+        args: Sampler and head settings.
+
+    Returns:
+        The module that is trained, in float32 outside the frozen VLM.
+    """
+    policy = PiFlowPolicy(loaded.policy)
+    policy.freeze_vlm()
+    value_head = ValueHead(policy, args.critic_hidden_sizes)
+    noise_network = None
+    if args.noise == "flow_noise":
+        noise_network = NoiseNetwork(policy.feature_dim, policy.max_action_dim, args.noise_std_min, args.noise_std_max)
+    return FlowActorCritic(policy, value_head, noise_network, args.sampler())

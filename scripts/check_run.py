@@ -1,0 +1,72 @@
+"""Checks that a finished quick start left what it promises; exits with 1 and the list of what is missing."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+FIRST_RATIO_TOLERANCE = 1e-4
+
+
+def problems_of(folder: Path) -> list[str]:
+    """What is wrong with a run's folder; empty when nothing is."""
+    problems = [f"{name} is missing" for name in missing_files(folder)]
+    if not (folder / "results.json").is_file():
+        return problems
+    results = json.loads((folder / "results.json").read_text())
+    for stage in ("sft", "rl"):
+        summary = results[stage]
+        if not 0 <= summary["ci95"][0] <= summary["success_rate"] <= summary["ci95"][1] <= 1:
+            problems.append(f"{stage}: success {summary['success_rate']} outside its interval {summary['ci95']}")
+        if sum(part["n_episodes"] for part in summary["per_task"].values()) != summary["n_episodes"]:
+            problems.append(f"{stage}: the tasks' episodes do not add up to {summary['n_episodes']}")
+    if results["env_steps"] <= 0:
+        problems.append("no environment steps were counted")
+    for stage in ("demonstrations", "sft", "baseline", "rl", "evaluation"):
+        if results["minutes"].get(stage, 0) <= 0:
+            problems.append(f"no time was taken for stage {stage}")
+    return problems + problems_of_history(folder)
+
+
+def missing_files(folder: Path) -> list[str]:
+    """Promised files that are absent or empty."""
+    policy = ("config.json", "model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json", "README.md")
+    promised = [
+        "results.json",
+        "pi_rl_config.yaml",
+        "learning_curve.png",
+        "before_after.mp4",
+        "demos/meta/info.json",
+        "trainer_state.json",
+        *(f"sft/{name}" for name in policy[:-1]),
+        *(f"policy/{name}" for name in policy),
+        "policy/critic.safetensors",
+    ]
+    return [name for name in promised if not (folder / name).is_file() or (folder / name).stat().st_size == 0]
+
+
+def problems_of_history(folder: Path) -> list[str]:
+    """The first minibatch of every iteration must have ratio 1, and the log must hold every iteration."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    errors = [entry["ppo/ratio_error_first"] for entry in history if "ppo/ratio_error_first" in entry]
+    if not errors:
+        return ["the log has no iterations"]
+    if max(errors) > FIRST_RATIO_TOLERANCE:
+        return [f"the first minibatch's ratio is off by {max(errors):.2e} (allowed: {FIRST_RATIO_TOLERANCE})"]
+    return []
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("folder", type=Path, help="output folder of the run")
+    folder = parser.parse_args().folder
+    problems = problems_of(folder)
+    for problem in problems:
+        print(f"- {problem}")
+    print(f"{folder}: " + (f"{len(problems)} problem(s)" if problems else "all artefacts are there, first ratio is 1"))
+    sys.exit(1 if problems else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+#!/usr/bin/env bash
+# Sets pi_rl up in .venv: Python packages at the pinned versions and, if nothing renders, the system's OpenGL libraries.
+# Done once: a stamp in .venv makes later calls return at once. Package indexes are those the machine is set up for.
+#
+# Usage: scripts/setup.sh          extras as in PI_RL_EXTRAS (default: test,lint,tensorboard,trackio)
+set -euo pipefail
+
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$ROOT"
+VENV=$ROOT/.venv
+LOG=$VENV/setup.log
+STAMP=$VENV/setup.stamp
+EXTRAS=${PI_RL_EXTRAS:-test,lint,tensorboard,trackio}
+APT_PACKAGES=(libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libosmesa6)
+
+say() { printf 'setup: %s\n' "$*"; }
+
+fail() {
+    printf 'setup: error: %s\n' "$*" >&2
+    exit 1
+}
+
+# Runs a command with its output in the log; shows the log's end if it fails.
+logged() {
+    printf '\n$ %s\n' "$*" >>"$LOG"
+    if ! "$@" >>"$LOG" 2>&1 </dev/null; then
+        tail -n 25 "$LOG" >&2
+        return 1
+    fi
+}
+
+# What this set-up depends on; the folder counts because a virtual environment cannot be moved.
+fingerprint() {
+    { cat pyproject.toml constraints.txt .python-version scripts/setup.sh; printf '%s\n' "$ROOT" "$EXTRAS"; } |
+        sha256sum | cut -d' ' -f1
+}
+
+is_python312() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1; }
+
+# Prints the first Python 3.12. A pyenv shim fails when .python-version names a release that is not installed, so the
+# interpreters behind the shims and of the system are tried as well.
+find_python() {
+    local candidate
+    for candidate in python python3.12 python3 /usr/bin/python3.12 /usr/local/bin/python3.12 /usr/bin/python3 \
+        "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.12*/bin/python; do
+        if is_python312 "$candidate"; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    if command -v uv >/dev/null 2>&1; then
+        uv python find --no-python-downloads --no-project 3.12 2>/dev/null || true
+    fi
+}
+
+make_venv() {
+    local python
+    if [ -e "$VENV" ] && ! is_python312 "$VENV/bin/python"; then
+        say "removing .venv: it has no working Python 3.12"
+        rm -rf "$VENV"
+    fi
+    if [ ! -e "$VENV" ]; then
+        python=$(find_python)
+        if [ -n "$python" ]; then
+            say "creating .venv with $("$python" -c 'import platform; print("Python", platform.python_version())')"
+            if command -v uv >/dev/null 2>&1; then
+                uv venv --quiet --seed --no-project --python "$python" "$VENV" </dev/null
+            elif ! "$python" -m venv "$VENV"; then
+                rm -rf "$VENV"
+                fail "$python cannot create a virtual environment (see above). On Debian or Ubuntu:" \
+                    "apt-get install -y python3.12-venv. Then run this again."
+            fi
+        elif command -v uv >/dev/null 2>&1; then
+            say "no Python 3.12 found: uv downloads one into .python"
+            UV_PYTHON_INSTALL_DIR=$ROOT/.python uv venv --quiet --seed --no-project --python 3.12 "$VENV" </dev/null
+        else
+            fail "Python 3.12 was not found (tried python, python3.12, python3 and pyenv). Install it, for example with" \
+                "'pyenv install $(cat .python-version)' or your system's packages, and run this again."
+        fi
+    fi
+    : >"$LOG"
+}
+
+# uv is many times faster than pip; pip does the same work where uv cannot be had or cannot reach an index.
+install_packages() {
+    local uv="" target=".[$EXTRAS]"
+    say "installing the packages of constraints.txt (several GB the first time); details in .venv/setup.log"
+    if command -v uv >/dev/null 2>&1; then
+        uv=$(command -v uv)
+    elif [ -x "$VENV/bin/uv" ] || logged "$VENV/bin/python" -m pip install --quiet --constraint constraints.txt uv; then
+        uv=$VENV/bin/uv
+    fi
+    if [ -n "$uv" ] && logged "$uv" pip install --python "$VENV/bin/python" --constraint constraints.txt --editable "$target"; then
+        return
+    fi
+    say "uv did not succeed; trying pip"
+    if ! "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
+        logged "$VENV/bin/python" -m ensurepip || fail "the packages could not be installed: see the lines above."
+    fi
+    logged "$VENV/bin/python" -m pip install --constraint constraints.txt --editable "$target" ||
+        fail "the packages could not be installed: see the lines above and .venv/setup.log."
+}
+
+# Draws one red sphere in a fresh process and looks at the pixels.
+renders_with() {
+    MUJOCO_GL=$1 "$VENV/bin/python" - >>"$LOG" 2>&1 <<'PYTHON'
+import mujoco
+
+model = mujoco.MjModel.from_xml_string(
+    "<mujoco><worldbody><light pos='0 0 3'/><geom type='sphere' size='1' rgba='1 0 0 1'/></worldbody></mujoco>"
+)
+data = mujoco.MjData(model)
+mujoco.mj_forward(model, data)
+with mujoco.Renderer(model, 32, 32) as renderer:
+    renderer.update_scene(data)
+    frame = renderer.render()
+assert frame[..., 0].max() > 50 and frame[..., 1].max() < frame[..., 0].max(), "the image does not show the sphere"
+PYTHON
+}
+
+# Prints the first backend that renders, if any.
+find_renderer() {
+    local backend
+    for backend in ${MUJOCO_GL:-egl osmesa}; do
+        if renders_with "$backend"; then
+            printf '%s' "$backend"
+            return
+        fi
+    done
+}
+
+install_system_libraries() {
+    local sudo=() install=(env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends)
+    local hint="apt-get update && apt-get install -y --no-install-recommends ${APT_PACKAGES[*]}"
+    if ! command -v apt-get >/dev/null 2>&1; then
+        fail "MuJoCo cannot render: neither EGL nor OSMesa works (details in .venv/setup.log). Install your system's" \
+            "packages for Mesa EGL or OSMesa (on Debian and Ubuntu: ${APT_PACKAGES[*]}) and run this again."
+    fi
+    if [ "$(id -u)" -ne 0 ]; then
+        if ! command -v sudo >/dev/null 2>&1 || ! sudo -n true 2>/dev/null; then
+            fail "MuJoCo cannot render: neither EGL nor OSMesa works (details in .venv/setup.log), and this user may not" \
+                "install packages. Run as root, then run this again: $hint"
+        fi
+        sudo=(sudo -n)
+    fi
+    say "nothing renders yet: installing ${APT_PACKAGES[*]}"
+    # A failing update of one source need not matter, the installation tells.
+    logged "${sudo[@]}" apt-get update -qq || say "apt-get update reported a problem; going on"
+    logged "${sudo[@]}" "${install[@]}" "${APT_PACKAGES[@]}" ||
+        fail "apt-get could not install the libraries: see the lines above. Run it yourself: $hint"
+}
+
+main() {
+    local mark renderer
+    mark=$(fingerprint)
+    if [ -x "$VENV/bin/python" ] && [ "$(cat "$STAMP" 2>/dev/null)" = "$mark" ]; then
+        return
+    fi
+    make_venv
+    rm -f "$STAMP"
+    install_packages
+    renderer=$(find_renderer)
+    if [ -z "$renderer" ]; then
+        install_system_libraries
+        renderer=$(find_renderer)
+        [ -n "$renderer" ] || fail "MuJoCo still cannot render (MUJOCO_GL=${MUJOCO_GL:-unset}); the reasons are in" \
+            ".venv/setup.log. Unset MUJOCO_GL, or set it to egl or osmesa, whichever works here."
+    fi
+    printf '%s\n' "$mark" >"$STAMP"
+    say "done (renderer: $renderer)"
+}
+
+main

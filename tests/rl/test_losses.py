@@ -1,0 +1,124 @@
+import math
+
+import pytest
+import torch
+from torch.distributions import Normal, kl_divergence
+
+from pi_rl.rl.losses import clipped_surrogate, clipped_value_loss, explained_variance
+
+
+def tensor(*numbers: float) -> torch.Tensor:
+    return torch.tensor(numbers)
+
+
+RATIOS = (1.0, 1.5, 0.5, 1.5, 0.5, 1.1)
+ADVANTAGES = (2.0, 1.0, 1.0, -1.0, -1.0, -3.0)
+
+
+def test_clipped_surrogate_by_hand() -> None:
+    log_prob = tensor(*RATIOS).log().requires_grad_()
+    loss, diagnostics = clipped_surrogate(log_prob, torch.zeros(6), tensor(*ADVANTAGES), 0.2)
+    # min(r A, clip(r) A) = 2, 1.2, .5, -1.5, -.8, -3.3
+    assert loss.item() == pytest.approx(1.9 / 6, rel=1e-5)
+    assert diagnostics["clip_fraction"].item() == pytest.approx(4 / 6)
+    assert diagnostics["ratio_max"].item() == pytest.approx(1.5)
+    assert diagnostics["ratio_mean"].item() == pytest.approx(sum(RATIOS) / 6)
+    k3 = sum(r - 1 - math.log(r) for r in RATIOS) / 6
+    assert diagnostics["approx_kl"].item() == pytest.approx(k3, rel=1e-5)
+    assert not any(value.requires_grad for value in diagnostics.values())
+    loss.backward()
+    # d/dlog p of -mean(r A), and nothing where the clip is active
+    expected = [-r * a / 6 for r, a in zip(RATIOS, ADVANTAGES, strict=True)]
+    expected[1] = expected[4] = 0.0
+    torch.testing.assert_close(log_prob.grad, tensor(*expected))
+
+
+def test_asymmetric_clip() -> None:
+    log_prob = tensor(*RATIOS).log()
+    loss, diagnostics = clipped_surrogate(log_prob, torch.zeros(6), tensor(*ADVANTAGES), 0.6, 0.05)
+    # only ratios above 1.05 are clipped: 2, 1.05, .5, -1.5, -.5, -3.3
+    assert loss.item() == pytest.approx(1.75 / 6, rel=1e-5)
+    assert diagnostics["clip_fraction"].item() == pytest.approx(3 / 6)
+
+
+def test_unchanged_policy() -> None:
+    log_prob = torch.randn(32, generator=torch.Generator().manual_seed(0)) * 100
+    loss, diagnostics = clipped_surrogate(log_prob, log_prob.clone(), torch.ones(32), 0.2)
+    assert loss == -1
+    assert diagnostics["approx_kl"] == diagnostics["clip_fraction"] == 0
+    assert diagnostics["ratio_mean"] == diagnostics["ratio_max"] == 1
+
+
+def test_k3_estimates_the_kullback_leibler_divergence() -> None:
+    old, new = Normal(0.0, 1.0), Normal(0.1, 0.95)
+    torch.manual_seed(0)
+    x = old.sample((200_000,))
+    _, diagnostics = clipped_surrogate(new.log_prob(x), old.log_prob(x), torch.ones(len(x)), 0.2)
+    assert diagnostics["approx_kl"].item() == pytest.approx(kl_divergence(old, new).item(), rel=0.03)
+    # far below float32's resolution of the ratio itself
+    tiny = torch.tensor([1e-4, -1e-4])
+    assert clipped_surrogate(tiny, torch.zeros(2), torch.ones(2), 0.2)[1]["approx_kl"].item() >= 0
+
+
+def test_runaway_ratios_stay_finite() -> None:
+    log_prob = tensor(500.0, -500.0, 500.0).requires_grad_()
+    loss, diagnostics = clipped_surrogate(log_prob, torch.zeros(3), tensor(-1.0, 1.0, 1.0), 0.2)
+    loss.backward()
+    assert loss.isfinite()
+    assert log_prob.grad is not None
+    assert log_prob.grad.isfinite().all()
+    assert all(value.isfinite() for value in diagnostics.values())
+    broken, _ = clipped_surrogate(tensor(math.nan), torch.zeros(1), torch.ones(1), 0.2)
+    assert broken.isnan()
+
+
+def test_clipped_value_loss_by_hand() -> None:
+    values = tensor(1.0, 0.1, 2.0, -1.0).requires_grad_()
+    old, returns = tensor(0.0, 0.0, 0.0, 0.0), tensor(1.0, 1.0, 0.0, -3.0)
+    loss, diagnostics = clipped_value_loss(values, old, returns, clip_range=0.2, huber_delta=1.0)
+    # errors 0, -.9, 2, 2; clipped values .2, .1, .2, -.2 with errors -.8, -.9, .2, 2.8
+    # huber(delta 1): max(0, .32), max(.405, .405), max(1.5, .02), max(1.5, 2.3)
+    assert loss.item() == pytest.approx((0.32 + 0.405 + 1.5 + 2.3) / 4, rel=1e-5)
+    assert diagnostics["value_clip_fraction"].item() == pytest.approx(0.75)
+    assert not diagnostics["value_clip_fraction"].requires_grad
+    loss.backward()
+    # the first and last values are held by the clip, the others learn
+    assert values.grad is not None
+    torch.testing.assert_close(values.grad[[0, 2, 3]], tensor(0.0, 1 / 4, 0.0))
+    assert values.grad[1].item() == pytest.approx(-0.9 / 4, rel=1e-5)
+
+
+def test_value_loss_without_clip_or_huber_is_half_the_squared_error() -> None:
+    generator = torch.Generator().manual_seed(0)
+    values, old, returns = torch.randn(3, 64, generator=generator)
+    loss, diagnostics = clipped_value_loss(values, old, returns, clip_range=None, huber_delta=None)
+    assert loss.item() == pytest.approx(0.5 * (values - returns).square().mean().item(), rel=1e-6)
+    assert diagnostics["value_clip_fraction"] == 0
+    wide, _ = clipped_value_loss(values, old, returns, clip_range=100.0, huber_delta=100.0)
+    torch.testing.assert_close(wide, loss)
+
+
+def test_explained_variance() -> None:
+    returns = torch.randn(100, generator=torch.Generator().manual_seed(0))
+    assert explained_variance(returns, returns).item() == 1
+    assert explained_variance(returns + 5, returns).item() == pytest.approx(1, abs=1e-5)
+    assert explained_variance(torch.zeros(100), returns).item() == pytest.approx(0, abs=1e-6)
+    assert explained_variance(-returns, returns).item() == pytest.approx(-3, rel=1e-5)
+    assert explained_variance(0.5 * returns, returns).item() == pytest.approx(0.75, rel=1e-5)
+    assert explained_variance(returns, torch.ones(100)).isnan()
+
+
+def test_losses_reject() -> None:
+    x = torch.zeros(3)
+    with pytest.raises(ValueError, match="clip_range=0.0"):
+        clipped_surrogate(x, x, x, 0.0)
+    with pytest.raises(ValueError, match="clip_range_high=-0.1"):
+        clipped_surrogate(x, x, x, 0.2, -0.1)
+    with pytest.raises(ValueError, match="same"):
+        clipped_surrogate(x, x, x[:, None], 0.2)
+    with pytest.raises(ValueError, match="at least 1"):
+        clipped_surrogate(x[:0], x[:0], x[:0], 0.2)
+    with pytest.raises(ValueError, match="huber_delta=-1.0"):
+        clipped_value_loss(x, x, x, clip_range=0.2, huber_delta=-1.0)
+    with pytest.raises(ValueError, match="same"):
+        explained_variance(x, x[:2])

@@ -1,0 +1,119 @@
+"""Collector and evaluator with a real small π0 in real MuJoCo."""
+
+import numpy as np
+import pytest
+import torch
+
+from pi_rl.rl.advantages import gae
+from pi_rl.rollout.collector import RolloutCollector
+from pi_rl.rollout.evaluator import evaluate_policy, evaluation_ids, record_episode
+from pi_rl.rollout.policy_io import PolicyIO
+from pi_rl.trainer.build import build_actor_critic
+from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
+
+LIMIT = 22  # not a multiple of the chunk size 5: the last chunk of an episode is cut short
+
+
+@pytest.fixture
+def actor_critic(small_policy, tmp_path):
+    torch.manual_seed(0)
+    args = FlowPPOConfig(output_dir=str(tmp_path), num_envs=4, rollout_chunks=6, per_device_train_batch_size=8,
+                         noise_std_min=0.4, noise_std_max=1.0, critic_hidden_sizes=[16], use_cpu=True)  # fmt: skip
+    return build_actor_critic(small_policy(), args)
+
+
+def io_of(actor_critic, loaded, env):
+    return PolicyIO(loaded.preprocessor, loaded.postprocessor, env.spec, actor_critic.policy.n_action_steps)
+
+
+def collector(actor_critic, loaded, env, chunks=6, **kwargs):
+    io = io_of(actor_critic, loaded, env)
+    return RolloutCollector(env, actor_critic, io, chunks=chunks, gamma=0.99, gae_lambda=0.95, seed=1, **kwargs)
+
+
+def test_the_rollout_scores_to_a_ratio_of_one_and_repeats(actor_critic, small_policy, metaworld_env):
+    env = metaworld_env(max_episode_steps=LIMIT)
+    loaded = small_policy()
+    rollout = collector(actor_critic, loaded, env).collect(0)
+    buffer = rollout.buffer
+    assert len(buffer) == 4 * 6
+    batch = buffer.minibatch(torch.randperm(len(buffer)))
+    actor_critic.train()
+    score, values = actor_critic("score", prefix=batch.prefix, chain=batch.chain)
+    torch.testing.assert_close((score.log_prob - batch.log_prob).exp(), torch.ones(24), rtol=0, atol=1e-4)
+    torch.testing.assert_close(values, batch.values, rtol=0, atol=1e-5)
+    again = collector(actor_critic, loaded, env).collect(0)
+    assert torch.equal(again.buffer.x, buffer.x)
+    assert torch.equal(again.buffer.advantages, buffer.advantages)
+    other = collector(actor_critic, loaded, env).collect(1)
+    assert not torch.equal(other.buffer.x, buffer.x)
+
+
+def test_episodes_are_counted_and_truncation_bootstraps(actor_critic, small_policy, metaworld_env):
+    env = metaworld_env(max_episode_steps=LIMIT)
+    rollout = collector(actor_critic, small_policy(), env, chunks=6).collect(0)
+    table = rollout.statistics.per_task
+    # 22 steps are 5 chunks of 5, the last of 2 steps: one episode per environment ends, the sixth chunk is the next's
+    assert table[:, 0].sum() == 4
+    assert table[:, 2].sum() == 4 * LIMIT
+    assert rollout.statistics.env_steps == 4 * (LIMIT + 5)
+    # without any reward every return is a discounted bootstrap value: returns follow the values, not zero
+    values, returns = rollout.buffer.values.view(6, 4), rollout.buffer.returns.view(6, 4)
+    next_values = torch.cat([values[1:], values[-1:]])
+    done = torch.zeros(6, 4, dtype=torch.bool)
+    done[4] = True
+    never = torch.zeros_like(done)
+    _, with_next = gae(torch.zeros(6, 4), values, next_values, never, done, gamma=0.99, gae_lambda=0.95)
+    cut = ~torch.isclose(with_next[4], returns[4], atol=1e-6)
+    assert cut.any(), "the final observation's value must be used at the time limit, not the next episode's"
+
+
+def test_without_auto_reset_an_environment_runs_one_episode(actor_critic, small_policy, metaworld_env):
+    env = metaworld_env(max_episode_steps=12)
+    rollout = collector(actor_critic, small_policy(), env, chunks=6, auto_reset=False).collect(0)
+    assert rollout.statistics.env_steps == 4 * 12
+    assert len(rollout.buffer) == 4 * 3
+    assert rollout.statistics.per_task[:, 0].sum() == 4
+
+
+def test_evaluation_does_not_depend_on_workers_history_or_training(actor_critic, small_policy, metaworld_env):
+    loaded = small_policy()
+    ids = evaluation_ids(1, 7)
+    outcomes = []
+    for workers in (1, 2):
+        env = metaworld_env(max_episode_steps=LIMIT, num_workers=workers)
+        io = io_of(actor_critic, loaded, env)
+        first = evaluate_policy(actor_critic, env, io, ids)
+        collector(actor_critic, loaded, env).collect(0)
+        second = evaluate_policy(actor_critic, env, io, ids)
+        np.testing.assert_array_equal(first.success, second.success)
+        np.testing.assert_array_equal(first.length, second.length)
+        frames, success = record_episode(actor_critic, env, io, ids[3])
+        assert success == first.success[3]
+        assert len(frames) == first.length[3] + 1
+        outcomes.append((first.success, first.length))
+    np.testing.assert_array_equal(outcomes[0], outcomes[1])
+
+
+def test_every_initial_state_of_every_task_is_evaluated_once(actor_critic, small_policy, metaworld_env):
+    env = metaworld_env("metaworld:handle-press-v3,button-press-topdown-v3", max_episode_steps=5, num_envs=3)
+    ids = evaluation_ids(2, 10)
+    results = evaluate_policy(actor_critic, env, io_of(actor_critic, small_policy(), env), ids)
+    assert (results.length == 5).all()
+    summary = results.summary()
+    assert {task: part.n_episodes for task, part in summary.per_task.items()} == {
+        "handle-press-v3": 5,
+        "button-press-topdown-v3": 5,
+    }
+
+
+def test_more_tasks_than_environments_are_all_evaluated(actor_critic, small_policy, metaworld_env):
+    env = metaworld_env("metaworld:handle-press-v3,button-press-topdown-v3", max_episode_steps=5, num_envs=1)
+    results = evaluate_policy(actor_critic, env, io_of(actor_critic, small_policy(), env), evaluation_ids(2, 4))
+    assert (results.length == 5).all()
+
+
+@pytest.mark.parametrize(("tasks", "episodes", "hint"), [(3, 10, "9 or 12"), (2, 0, "2 or 4")])
+def test_unequal_shares_are_refused_with_values_that_fit(tasks, episodes, hint):
+    with pytest.raises(ValueError, match=hint):
+        evaluation_ids(tasks, episodes)

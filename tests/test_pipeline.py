@@ -1,0 +1,82 @@
+"""The recipes as a user starts them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from pi_rl import FlowPPOConfig, RecipeArguments, run_recipe
+from pi_rl.arguments import parse_recipe_arguments
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
+ENV = '{"image_size": 32, "fast_rendering": true, "hide_arm": true, "max_episode_steps": 15}'
+SMALL = ["--env_options", ENV, "--num_envs", "4", "--env_workers", "1", "--critic_hidden_sizes", "16",
+         "--use_cpu", "true", "--rollout_chunks", "4", "--update_epochs", "1", "--per_device_train_batch_size", "16",
+         "--num_iterations", "1", "--noise_std_min", "0.4", "--noise_std_max", "1.0", "--eval_episodes", "2",
+         "--gradient_accumulation_steps", "1"]  # fmt: skip
+
+
+def recipe(tmp_path, *extra, noise="flow_noise"):
+    return run_recipe("A test.", None, noise, ["--output_dir", str(tmp_path / "run"), *SMALL, *extra])
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_recipe_parses(path, tmp_path):
+    arguments, ppo = parse_recipe_arguments(
+        (RecipeArguments, FlowPPOConfig),
+        default_config=path,
+        description="",
+        argv=["--use_cpu", "true", "--output_dir", str(tmp_path)],
+    )
+    assert ppo.num_minibatches >= 1
+    assert arguments.env.split(":")[0] == path.parent.name
+    assert isinstance(yaml.safe_load(path.read_text()), dict)
+
+
+def test_a_run_from_a_checkpoint_leaves_all_its_artefacts(small_pi0_folder, tmp_path, capsys):
+    folder = recipe(tmp_path, "--model", str(small_pi0_folder))
+    printed = capsys.readouterr().out
+    assert "4 envs x 4 chunks = 16 samples" in printed
+    assert "SFT + RL" in printed
+    results = json.loads((folder / "results.json").read_text())
+    assert results["sft"]["n_episodes"] == results["rl"]["n_episodes"] == 2
+    assert results["env_steps"] > 0
+    for name in ("learning_curve.png", "before_after.mp4", "policy/model.safetensors", "policy/README.md",
+                 "policy/noise_network.safetensors", "pi_rl_config.yaml", "trainer_state.json"):  # fmt: skip
+        assert (folder / name).stat().st_size > 0, name
+    with pytest.raises(ValueError, match="holds a finished run"):
+        recipe(tmp_path, "--model", str(small_pi0_folder))
+
+
+def test_dry_run_prints_the_arithmetic_and_saves(small_pi0_folder, tmp_path, capsys):
+    folder = recipe(tmp_path, "--model", str(small_pi0_folder), "--dry_run", "true", noise="flow_sde")
+    assert "1 optimiser steps" in capsys.readouterr().out
+    assert (folder / "policy" / "model.safetensors").is_file()
+
+
+def test_an_output_folder_of_another_run_is_refused(small_pi0_folder, tmp_path):
+    recipe(tmp_path, "--model", str(small_pi0_folder), "--dry_run", "true")
+    with pytest.raises(ValueError, match=r"other settings .*seed: 9"):
+        recipe(tmp_path, "--model", str(small_pi0_folder), "--dry_run", "true", "--seed", "9")
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    (strange / "thesis.tex").write_text("x")
+    with pytest.raises(ValueError, match="holds no run of pi_rl"):
+        run_recipe("", None, "flow_noise", ["--output_dir", str(strange), "--model", str(small_pi0_folder), *SMALL])
+    assert [file.name for file in strange.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("name", ["ppo_flow_noise.py", "ppo_flow_sde.py"])
+def test_help_is_grouped_and_unknown_options_name_the_nearest(name):
+    command = [sys.executable, str(ROOT / "recipes" / name)]
+    text = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout
+    for group in ("Flow sampling", "PPO", "Rollout", "Environment"):
+        assert group in text
+    wrong = subprocess.run([*command, "--nois", "flow_sde"], capture_output=True, text=True)
+    assert wrong.returncode != 0
+    assert "noise" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
