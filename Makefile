@@ -19,7 +19,7 @@ help: ## print this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 quickstart: setup ## from demonstrations to a policy improved by RL, with Flow-Noise (about 10 minutes on two CPU cores)
-	@$(BIN)/accelerate launch --config_file $(LAUNCH_CONFIG) $(RECIPE) $(ARGS)
+	@$(BIN)/accelerate launch --quiet --config_file $(LAUNCH_CONFIG) $(RECIPE) $(ARGS)
 
 test: setup ## the test suite (without the tests marked slow or gpu)
 	@$(BIN)/python -m pytest $(ARGS)

@@ -11,7 +11,7 @@ from pi_rl.__about__ import __version__
 
 if TYPE_CHECKING:
     from pi_rl.envs.registry import make_env
-    from pi_rl.pipeline import RecipeArguments, run_recipe
+    from pi_rl.pipeline import RecipeArguments, recipe_main, run_recipe
     from pi_rl.policies.checkpoints import load_policy
     from pi_rl.rollout.evaluator import evaluate_policy
     from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
@@ -24,6 +24,7 @@ _HOME = {
     "evaluate_policy": "pi_rl.rollout.evaluator",
     "load_policy": "pi_rl.policies.checkpoints",
     "make_env": "pi_rl.envs.registry",
+    "recipe_main": "pi_rl.pipeline",
     "run_recipe": "pi_rl.pipeline",
 }
 
@@ -35,6 +36,7 @@ __all__ = [
     "evaluate_policy",
     "load_policy",
     "make_env",
+    "recipe_main",
     "run_recipe",
 ]
 

@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pi_rl.envs.vector_env import STATE_KEY, TRAIN_STATE_OFFSET, EnvSpec, ExpertEpisode, ExpertRequest
-from pi_rl.envs.workers import WorkerVectorEnv
+from pi_rl.envs.vector_env import STATE_KEY, TRAIN_STATE_OFFSET, EnvSpec, ExpertEpisode, ExpertRequest, VectorEnv
 
 Progress = Callable[[int, int, str], None]
 
@@ -57,13 +56,15 @@ class DemonstrationSummary:
 
 
 def collect_demonstrations(
-    env: WorkerVectorEnv,
+    env: VectorEnv,
     *,
     episodes_per_task: int,
     output_dir: str | Path,
     repo_id: str,
     noise_std: float = 0.0,
     noise_rho: float = 0.8,
+    noise_window: int = 0,
+    max_speed: float = 1.0,
     seed: int = 0,
     min_length: int = 2,
     max_steps: int | None = None,
@@ -77,12 +78,15 @@ def collect_demonstrations(
     come from the training range, so that no evaluation state is demonstrated.
 
     Args:
-        env: Environment with one camera; its running episodes stay as they are.
+        env: Environment with scripted experts (``rollout_experts``) and one camera; its running episodes stay as
+            they are.
         episodes_per_task: Successful episodes to keep of each task, positive.
         output_dir: New folder of the dataset; it appears only when complete.
         repo_id: Name recorded in the dataset, for example ``"local/metaworld"``.
         noise_std: Standard deviation of the experts' action noise, in action units.
         noise_rho: Correlation of successive noise values, in [0, 1).
+        noise_window: Noise is on or off, each with probability 1/2, in windows of so many steps; 0 leaves it on.
+        max_speed: Largest component of the experts' own actions, in (0, 1]: below 1 they demonstrate slowly.
         seed: Seed of states and noise.
         min_length: Shorter successes are not kept.
         max_steps: Steps after which an attempt is given up; the environment's limit by default.
@@ -93,12 +97,16 @@ def collect_demonstrations(
         Counts, lengths and time.
 
     Raises:
-        ValueError: If a number does not fit, the folder exists, or the environment has not exactly one camera.
+        ValueError: If a number does not fit, the folder exists, or the environment has no experts or not exactly one
+            camera.
         RuntimeError: If a task needs more than ``max_tries`` attempts.
     """
     started = time.perf_counter()
     output = Path(output_dir)
     _check(env.spec, output, episodes_per_task, min_length)
+    rollout_experts = getattr(env, "rollout_experts", None)
+    if rollout_experts is None:
+        raise ValueError(f"{env.spec.name} has no scripted experts; give a dataset or a fine-tuned policy instead.")
     tally = _Tally(
         tasks=env.spec.tasks,
         wanted=episodes_per_task,
@@ -108,6 +116,8 @@ def collect_demonstrations(
     expert = {
         "noise_std": noise_std,
         "noise_rho": noise_rho,
+        "noise_window": noise_window,
+        "max_speed": max_speed,
         "max_steps": env.spec.max_episode_steps if max_steps is None else max_steps,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -115,7 +125,7 @@ def collect_demonstrations(
     try:
         with (
             _dataset_writer(scratch / "dataset", repo_id, env.spec) as write,
-            closing(env.rollout_experts(_requests(tally, seed, expert))) as episodes,
+            closing(rollout_experts(_requests(tally, seed, expert))) as episodes,
         ):
             for episode in episodes:
                 if tally.keep(episode):

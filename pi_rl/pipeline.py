@@ -49,8 +49,11 @@ class RecipeArguments:
     blind: bool = _option(False, ENVIRONMENT, "control run: the policy sees a constant image throughout")
 
     demos_per_task: int = _option(40, DEMOS, "successful scripted episodes per task")
-    demo_noise_std: float = _option(1.5, DEMOS, "noise on the expert's actions, in units of the action range's half")
+    demo_noise_std: float = _option(0.5, DEMOS, "noise on the experts' actions, which lie in [-1, 1]")
     demo_noise_rho: float = _option(0.8, DEMOS, "correlation of that noise from step to step")
+    demo_noise_window: int = _option(20, DEMOS, "noise is on or off in windows of so many steps; 0: always on")
+    demo_max_speed: float = _option(1.0, DEMOS, "largest component of the experts' own actions; below 1 they are slow")
+    demo_max_steps: int = _option(150, DEMOS, "steps after which an attempt is given up")
 
     sft_steps: int = _option(800, SFT, "optimiser steps")
     sft_batch_size: int = _option(64, SFT, "samples per step")
@@ -64,6 +67,19 @@ class RecipeArguments:
         for name in ("demos_per_task", "sft_steps", "sft_batch_size", "chunk_size", "image_resolution"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: it must be at least 1.")
+
+
+class RecipeError(ValueError):
+    """Something that the user of a recipe can put right; the message says how."""
+
+
+@contextmanager
+def _set_up() -> Iterator[None]:
+    """Marks what fails in it as the user's to put right, so that a recipe ends with a message, not a traceback."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise RecipeError(str(error)) from error
 
 
 @dataclass
@@ -103,6 +119,15 @@ class _Run:
         say(f"  {self.minutes[name]:.1f} min", enabled=self.is_main)
 
 
+def recipe_main(description: str, default_config: Path | None, noise: str, argv: Sequence[str] | None = None) -> None:
+    """:func:`run_recipe` as a program: what the user can put right is printed in one paragraph, with exit code 2."""
+    try:
+        run_recipe(description, default_config, noise, argv)
+    except RecipeError as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
 def run_recipe(description: str, default_config: Path | None, noise: str, argv: Sequence[str] | None = None) -> Path:
     """Runs a recipe from its command line.
 
@@ -116,24 +141,28 @@ def run_recipe(description: str, default_config: Path | None, noise: str, argv: 
         The run's output folder.
 
     Raises:
-        ValueError: On bad options, an output folder of another run, or parts that do not fit.
+        RecipeError: On bad options, an output folder of another run, or parts that do not fit.
     """
     import torch
 
+    from pi_rl.envs.registry import check_name_and_options
     from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
 
     arguments = list(sys.argv[1:] if argv is None else argv)
-    recipe, ppo = parse_recipe_arguments(
-        (RecipeArguments, FlowPPOConfig),
-        default_config=default_config,
-        defaults={"noise": noise},
-        description=description,
-        argv=arguments,
-    )
+    with _set_up():
+        recipe, ppo = parse_recipe_arguments(
+            (RecipeArguments, FlowPPOConfig),
+            default_config=default_config,
+            defaults={"noise": noise},
+            description=description,
+            argv=arguments,
+        )
     if ppo.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # small models lose more than they gain by threads, and simulators want the cores
     run = _Run(recipe, ppo, " ".join(["accelerate launch", sys.argv[0], *arguments]))
-    _prepare_folder(run)
+    with _set_up():
+        check_name_and_options(recipe.env, run.env_options)
+        _prepare_folder(run)
     say(ppo.batch_arithmetic(), enabled=run.is_main)
     policy_path: str | Path = recipe.model or run.folder / "sft"
     if recipe.model is None and run.is_main:
@@ -195,6 +224,9 @@ def _make_sft_policy(run: _Run) -> None:
                     repo_id=DATASET_ID,
                     noise_std=recipe.demo_noise_std,
                     noise_rho=recipe.demo_noise_rho,
+                    noise_window=recipe.demo_noise_window,
+                    max_speed=recipe.demo_max_speed,
+                    max_steps=recipe.demo_max_steps,
                     seed=ppo.seed,
                     progress=Progress("demonstrations", "episode"),
                 )
@@ -233,7 +265,8 @@ def _reinforce(run: _Run, policy_path: str | Path) -> None:
 
     ppo = run.ppo
     ppo.eval_on_start = False
-    trainer = FlowPPOTrainer(policy_path, ppo, run.recipe.env, run.env_options)
+    with _set_up():
+        trainer = FlowPPOTrainer(policy_path, ppo, run.recipe.env, run.env_options)
     try:
         if ppo.dry_run:
             _dry_run(run, trainer)

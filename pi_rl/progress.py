@@ -35,12 +35,14 @@ class Progress:
         self.title, self.unit, self.enabled, self.leave, self.interval = title, unit, enabled, leave, interval
         self.stream = stream or sys.stderr
         self._bar: tqdm | None = None
+        self._ended = False
         self._last_line = time.monotonic()
 
     def __call__(self, done: int, total: int, text: str = "") -> None:
         """Shows that ``done`` of ``total`` are finished, with a short text; ends the display when all are."""
-        if not self.enabled:
+        if not self.enabled or (self._ended and done >= total):
             return
+        self._ended = done >= total
         if self.stream.isatty():
             self._draw(done, total, text)
         elif self.leave and (done >= total or time.monotonic() - self._last_line > self.interval):

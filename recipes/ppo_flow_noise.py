@@ -6,12 +6,12 @@ lerobot-train, and PPO that improves it from camera pixels, on a CPU.
 
 from pathlib import Path
 
-from pi_rl import run_recipe
+from pi_rl import recipe_main
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the recipe."""
-    run_recipe(__doc__ or "", Path(__file__).parent / "configs/metaworld/quickstart.yaml", "flow_noise", argv)
+    recipe_main(__doc__ or "", Path(__file__).parent / "configs/metaworld/quickstart.yaml", "flow_noise", argv)
 
 
 if __name__ == "__main__":

@@ -5,12 +5,12 @@ Without arguments this is the quick start of ``ppo_flow_noise.py`` with Flow-SDE
 
 from pathlib import Path
 
-from pi_rl import run_recipe
+from pi_rl import recipe_main
 
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the recipe."""
-    run_recipe(__doc__ or "", Path(__file__).parent / "configs/metaworld/quickstart.yaml", "flow_sde", argv)
+    recipe_main(__doc__ or "", Path(__file__).parent / "configs/metaworld/quickstart.yaml", "flow_sde", argv)
 
 
 if __name__ == "__main__":

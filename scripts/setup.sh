@@ -121,7 +121,7 @@ PYTHON
 # Prints the first backend that renders, if any.
 find_renderer() {
     local backend
-    for backend in ${MUJOCO_GL:-egl osmesa}; do
+    for backend in ${MUJOCO_GL:-} egl osmesa; do
         if renders_with "$backend"; then
             printf '%s' "$backend"
             return
@@ -163,8 +163,8 @@ main() {
     if [ -z "$renderer" ]; then
         install_system_libraries
         renderer=$(find_renderer)
-        [ -n "$renderer" ] || fail "MuJoCo still cannot render (MUJOCO_GL=${MUJOCO_GL:-unset}); the reasons are in" \
-            ".venv/setup.log. Unset MUJOCO_GL, or set it to egl or osmesa, whichever works here."
+        [ -n "$renderer" ] || fail "MuJoCo still cannot render with EGL or OSMesa; .venv/setup.log says why." \
+            "In a container, check that the graphics driver's libraries are not hidden, then run this again."
     fi
     printf '%s\n' "$mark" >"$STAMP"
     say "done (renderer: $renderer)"

@@ -2,11 +2,11 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pi_rl.envs.metaworld_options import MetaWorldOptions, make_spec, task_instructions
-from pi_rl.envs.vector_env import VectorEnv
+from pi_rl.envs.vector_env import EnvSpec, VectorEnv
 from pi_rl.envs.workers import WorkerVectorEnv
 
 SIMULATORS = ("metaworld",)
@@ -30,13 +30,27 @@ def make_env(name: str, num_envs: int, num_workers: int | None = None, **options
         ValueError: Unknown simulator, task or option (the message lists the nearest names), or a bad value.
         RuntimeError: No off-screen renderer works; the message gives the command that installs one.
     """
+    spec = check_name_and_options(name, options)
+    simulator, _ = parse_name(name)
+    return WorkerVectorEnv(spec, simulator, options, num_envs, num_workers)
+
+
+def check_name_and_options(name: str, options: Mapping[str, Any]) -> EnvSpec:
+    """The specification that an environment would have; starts nothing.
+
+    Args:
+        name: As for `make_env`.
+        options: As for `make_env`.
+
+    Raises:
+        ValueError: As for `make_env`.
+    """
     simulator, tasks = parse_name(name)
     fields = [field.name for field in dataclasses.fields(MetaWorldOptions)]
     for key in options:
         if key not in fields:
             raise ValueError(f"unknown option {key!r} of {simulator}; {_nearest(key, fields)}")
-    checked = MetaWorldOptions(**options)
-    return WorkerVectorEnv(make_spec(name, tasks, checked), simulator, options, num_envs, num_workers)
+    return make_spec(name, tasks, MetaWorldOptions(**options))
 
 
 def list_tasks(simulator: str) -> tuple[str, ...]:

@@ -80,17 +80,21 @@ class ChunkResult:
 
 @dataclass(frozen=True)
 class ExpertRequest:
-    """One episode of a scripted expert with first-order autoregressive action noise.
+    """One episode of a scripted expert, slowed down and with first-order autoregressive action noise if wanted.
 
-    The noise is z_0 = 0, z_t = rho z_{t-1} + sqrt(1 - rho^2) std e_t with e_t standard normal, one z per translation
-    axis. It is added to the expert's xyz, the sum is clipped to [-1, 1], and the clipped action is what is recorded.
+    The expert's action is clipped to +-max_speed. The noise is z_0 = 0, z_t = rho z_{t-1} + sqrt(1 - rho^2) std e_t
+    with e_t standard normal, one z per translation axis. It is added to the expert's xyz, the sum is clipped to
+    [-1, 1], and the clipped action is what is recorded. With a noise window of w steps, noise acts in each window of w
+    steps with probability 1/2: such episodes show how to recover and still succeed.
 
     Attributes:
         task: Task name, or its index in `EnvSpec.tasks`.
         state_id: Initial state, as in `ResetIds`.
         noise_std: Stationary standard deviation of the noise, in action units; 0 for a clean expert.
         noise_rho: Correlation of successive noise values, in [0, 1).
+        noise_window: Steps w of the windows in which noise is on or off; 0 leaves it on.
         noise_seed: Seed of the noise.
+        max_speed: Largest component of the expert's own action, in (0, 1].
         max_steps: Steps after which the attempt is given up.
         frames: Whether images are rendered, by replaying a successful episode.
     """
@@ -99,7 +103,9 @@ class ExpertRequest:
     state_id: int
     noise_std: float = 0.0
     noise_rho: float = 0.8
+    noise_window: int = 0
     noise_seed: int = 0
+    max_speed: float = 1.0
     max_steps: int = 150
     frames: bool = True
 
@@ -111,6 +117,10 @@ class ExpertRequest:
             raise ValueError(f"noise_std must be finite and at least 0, got {self.noise_std}")
         if not (0 <= self.noise_rho < 1):
             raise ValueError(f"noise_rho must be in [0, 1), got {self.noise_rho}")
+        if self.noise_window < 0:
+            raise ValueError(f"noise_window must be at least 0, got {self.noise_window}")
+        if not (0 < self.max_speed <= 1):
+            raise ValueError(f"max_speed must be above 0 and at most 1, got {self.max_speed}")
         if self.noise_seed < 0:
             raise ValueError(f"noise_seed must be at least 0, got {self.noise_seed}")
         if self.max_steps < 1:

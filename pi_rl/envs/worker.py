@@ -5,6 +5,7 @@ simulator, never torch, transformers or lerobot.
 """
 
 import importlib
+import itertools
 import mmap
 import os
 import signal
@@ -13,7 +14,7 @@ import time
 import traceback
 import warnings
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -173,17 +174,14 @@ class Worker:
         if task not in self._experts:
             self._experts[task] = self._make(task)
         sim = self._experts[task]
-        noise = np.random.default_rng(request.noise_seed)
-        innovation = np.sqrt(1.0 - request.noise_rho**2) * request.noise_std
-        drift = np.zeros(3)
+        noise = _expert_noise(request)
         actions: list[NDArray[np.float32]] = []
         states: list[NDArray[np.float32]] = []
         success = False
         sim.reset(request.state_id)
         while len(actions) < request.max_steps and not success:
-            action = self._backend.expert_action(sim)
-            drift = request.noise_rho * drift + innovation * noise.standard_normal(3)
-            action[:3] = np.clip(action[:3] + drift, -1.0, 1.0)
+            action = np.clip(self._backend.expert_action(sim), -request.max_speed, request.max_speed)
+            action[:3] = np.clip(action[:3] + next(noise), -1.0, 1.0)
             states.append(sim.state)
             actions.append(action)
             success = sim.step(action)
@@ -220,6 +218,18 @@ class Worker:
             "cpu_seconds": time.process_time(),
             "renderer": os.environ.get("MUJOCO_GL", ""),
         }
+
+
+def _expert_noise(request: ExpertRequest) -> Iterator[NDArray[np.float64]]:
+    """The noise of each step of an expert's episode, (3,), as `ExpertRequest` defines it."""
+    generator = np.random.default_rng(request.noise_seed)
+    innovation = np.sqrt(1.0 - request.noise_rho**2) * request.noise_std
+    drift, acting = np.zeros(3), 1.0
+    for step in itertools.count():
+        if request.noise_window and step % request.noise_window == 0:
+            acting = float(generator.random() < 0.5)
+        drift = request.noise_rho * drift + innovation * generator.standard_normal(3)
+        yield acting * drift
 
 
 def serve(connection: Connection, memory: mmap.mmap) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -185,12 +185,15 @@ class WorkerVectorEnv(VectorEnv):
                 frames[position[slot]] = frame
         return frames
 
-    def rollout_experts(self, requests: Iterable[ExpertRequest | Mapping[str, Any]]) -> Iterator[ExpertEpisode]:
+    def rollout_experts(
+        self, requests: Iterable[ExpertRequest | Mapping[str, Any]]
+    ) -> Generator[ExpertEpisode, None, None]:
         """Runs scripted experts in all workers, beside the environments, which stay as they are.
 
         Args:
             requests: `ExpertRequest`s, or mappings with its fields. Taken as workers become free, so a generator may
-                decide what comes next from what it has seen. Results do not depend on the number of workers.
+                stop once it has seen enough; how many requests are under way by then depends on timing, the result of
+                each request does not.
 
         Yields:
             One episode per request, in the order of the requests. No other method may be called before the iterator

@@ -159,10 +159,9 @@ def _draw_success(
         axes.plot(steps, _smooth(success), color=BLUE, linewidth=2.4, label="training episodes (exploring)")
     points = _evaluations(records)
     if sft_baseline is not None:
-        rate = sft_baseline
         if isinstance(sft_baseline, EvalSummary):
-            rate = sft_baseline.success_rate
             axes.axhspan(*sft_baseline.ci95, color=GREY, alpha=0.13, linewidth=0)
+        rate = sft_baseline.success_rate if isinstance(sft_baseline, EvalSummary) else sft_baseline
         axes.axhline(rate, color=GREY, linestyle=(0, (5, 3)), linewidth=1.6, label=f"SFT baseline {rate:.2f}")
     if final is not None:
         last = max(float(record["env_steps"]) for record in records)

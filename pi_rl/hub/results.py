@@ -15,6 +15,7 @@ from typing import Any
 from pi_rl.rollout.summary import EvalSummary, TaskSummary
 
 RESULTS_NAME = "results.json"
+_RESULTS_HEAD = ["policy", "task", "success [95 %]", "episodes", "episode length", "env steps"]
 VERSIONED_PACKAGES = ("pi_rl", "lerobot", "torch", "transformers", "accelerate", "mujoco", "metaworld", "numpy")
 
 
@@ -138,19 +139,17 @@ def results_table(results: RunResults, *, markdown: bool = False) -> str:
         markdown: Write a Markdown table instead of aligned text.
 
     Returns:
-        The table followed by a line with the minutes per stage.
+        The table followed by sampler, seed and the minutes per stage.
     """
-    head = ["policy", "task", "success [95 %]", "episodes", "episode length", "env steps"]
-    rows: list[list[str]] = []
-    for name, summary, steps in (("SFT", results.sft, "0"), ("SFT + RL", results.rl, f"{results.env_steps:,}")):
-        rows.append(_summary_row(name, "all", summary, steps))
-        if len(summary.per_task) > 1:
-            rows += [_summary_row("", task, row, "") for task, row in summary.per_task.items()]
-    rows.append(["gain", "", f"{results.gain:+.3f}", "", "", ""])
+    table = results_rows_markdown(results) if markdown else _aligned(_RESULTS_HEAD, _results_rows(results))
     sight = "blind control: constant image" if results.blind else "sighted"
     notes = f"{results.noise}, seed {results.seed}, {sight}\nminutes: {format_minutes(results.minutes)}"
-    table = _markdown(head, rows) if markdown else _aligned(head, rows)
     return f"{table}\n\n{notes}" if markdown else f"{table}\n{notes}"
+
+
+def results_rows_markdown(results: RunResults) -> str:
+    """The rows of :func:`results_table` as a Markdown table, without the notes below."""
+    return _markdown(_RESULTS_HEAD, _results_rows(results))
 
 
 def runs_table(runs: Sequence[RunResults], *, markdown: bool = False) -> str:
@@ -181,6 +180,15 @@ def runs_table(runs: Sequence[RunResults], *, markdown: bool = False) -> str:
         for run in runs
     ]
     return _markdown(head, rows) if markdown else _aligned(head, rows)
+
+
+def _results_rows(results: RunResults) -> list[list[str]]:
+    rows: list[list[str]] = []
+    for name, summary, steps in (("SFT", results.sft, "0"), ("SFT + RL", results.rl, f"{results.env_steps:,}")):
+        rows.append(_summary_row(name, "all", summary, steps))
+        if len(summary.per_task) > 1:
+            rows += [_summary_row("", task, row, "") for task, row in summary.per_task.items()]
+    return [*rows, ["gain", "", f"{results.gain:+.3f}", "", "", ""]]
 
 
 def _summary_row(name: str, task: str, summary: TaskSummary, env_steps: str) -> list[str]:

@@ -345,12 +345,11 @@ class FlowPPOTrainer(Trainer):
             "ci95_high": summary.ci95[1],
             "episode_length": summary.mean_episode_length,
             "n_episodes": float(summary.n_episodes),
-            "env_steps": float(self.env_steps),
             "runtime": time.perf_counter() - started,
         }
         metrics.update({f"success_rate/{task}": part.success_rate for task, part in summary.per_task.items()})
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
-        self.log(named)
+        self.log({**named, "env_steps": float(self.env_steps)})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
         return named
 

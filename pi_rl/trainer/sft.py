@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,15 +92,19 @@ class SftProcess:
     def __init__(self, *, threads: int = 1) -> None:
         self._scratch = Path(tempfile.mkdtemp(prefix="pi_rl_sft_"))
         self._log = self._scratch / "log.txt"
+        receive, send = os.pipe()
+        self._messages = os.fdopen(receive, encoding="utf-8")
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "pi_rl.trainer.sft_worker"],
+                [sys.executable, "-m", "pi_rl.trainer.sft_worker", str(send)],
                 stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=(send,),
                 text=True,
                 env=worker_environment(threads, datasets_cache=self._scratch / "datasets"),
             )
+        os.close(send)
 
     def run(self, job: SftJob, progress: Progress | None = None) -> Path:
         """Fine-tunes and waits for the end.
@@ -114,14 +119,16 @@ class SftProcess:
         Raises:
             RuntimeError: If the process fails; the end of its log is in the message.
         """
-        assert self._process.stdin is not None and self._process.stdout is not None
+        stdin = self._process.stdin
+        if stdin is None or stdin.closed:
+            raise RuntimeError("This fine-tuning process was used before; start another one.")
         result = None
         try:
-            self._process.stdin.write(json.dumps(asdict(job)) + "\n")
-            self._process.stdin.close()
+            stdin.write(json.dumps(asdict(job)) + "\n")
+            stdin.close()
         except BrokenPipeError as error:
             raise RuntimeError(self._failure()) from error
-        for line in self._process.stdout:
+        for line in self._messages:
             message: dict[str, Any] = json.loads(line)
             if "checkpoint" in message:
                 result = Path(message["checkpoint"])
@@ -137,9 +144,10 @@ class SftProcess:
         if self._process.poll() is None:
             self._process.kill()
             self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None and not pipe.closed:
-                pipe.close()
+        if self._process.stdin is not None:
+            with suppress(BrokenPipeError):  # what the process did not read is lost anyway
+                self._process.stdin.close()
+        self._messages.close()
         shutil.rmtree(self._scratch, ignore_errors=True)
 
     def __enter__(self) -> "SftProcess":

@@ -154,12 +154,14 @@ def check_start_weights(policy: PreTrainedPolicy, policy_path: str) -> None:
 def train_config(job: SftJob) -> TrainPipelineConfig:
     """lerobot-train's configuration of a job; nothing is logged online, pushed or evaluated."""
     policy = PreTrainedConfig.from_pretrained(job.policy_path)
-    policy.pretrained_path = job.policy_path  # type: ignore[assignment]
+    policy.pretrained_path = job.policy_path
     policy.device = job.device
     policy.push_to_hub = False
     workers = 0 if job.in_memory else job.num_workers
     return TrainPipelineConfig(
-        dataset=DatasetConfig(repo_id=job.repo_id, root=job.dataset_root, use_imagenet_stats=False),
+        dataset=DatasetConfig(
+            repo_id=job.repo_id, root=job.dataset_root, use_imagenet_stats=False, video_backend="pyav"
+        ),
         policy=policy,
         output_dir=Path(job.output_dir),
         job_name="sft",
@@ -195,10 +197,8 @@ def run(job: SftJob, channel: TextIO) -> Path:
 
 
 def main() -> None:
-    """Waits for one job on standard input; an empty input means that none will come."""
-    channel = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    # LeRobot prints to both streams; standard output carries the messages, so it follows the log from here on.
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    """Waits for one job on standard input (an empty input: none will come); messages go to the given descriptor."""
+    channel = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8")
     # lerobot-train looks for options on the command line; there are none.
     sys.argv = ["lerobot-train"]
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -217,7 +217,7 @@ def _shifted(images: Tensor, largest: int) -> Tensor:
     )
 
 
-def _already_collated(batch: dict[str, Any]) -> dict[str, Any]:
+def _already_collated(batch: Any) -> Any:
     return batch
 
 

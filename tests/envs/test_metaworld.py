@@ -168,7 +168,7 @@ def test_a_camera_looks_at_its_point(metaworld):
 
 
 def test_the_specification_describes_lerobots_features():
-    options = MetaWorldOptions(image_size=(48, 64), max_episode_steps=99)
+    options = MetaWorldOptions(image_size=[48, 64], max_episode_steps=99)
     spec = make_spec("metaworld:reach-v3", ["reach-v3"], options)
     assert spec.cameras == {"observation.image": (48, 64)}
     assert (spec.state_dim, spec.action_dim, spec.max_episode_steps, spec.fps) == (4, 4, 99, 80)

@@ -38,6 +38,8 @@ def test_unknown_names_list_the_nearest(name, message):
         ({"fast_renderin": True}, "unknown option 'fast_renderin' .*nearest: fast_rendering"),
         ({"image_size": 4}, "image_size .*8 to 2048, got 4"),
         ({"image_size": (64, 64, 3)}, "image_size"),
+        ({"image_size": 64.0}, "image_size"),
+        ({"camera_pos": 3}, "camera_pos must be three"),
         ({"camera": "corner9"}, "camera must be one of corner2, .*got 'corner9'"),
         ({"camera_pos": (1, 2)}, "camera_pos must be three"),
         ({"camera": "gripperPOV", "camera_lookat": (0, 0, 0)}, "rides on the hand"),

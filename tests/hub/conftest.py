@@ -1,0 +1,57 @@
+import pytest
+
+from pi_rl.hub.results import RunResults
+from pi_rl.rollout.summary import summarize_episodes
+
+
+def evaluation(rate, episodes=40, tasks=("press", "pull")):
+    names = [tasks[i % len(tasks)] for i in range(episodes)]
+    solved = round(rate * episodes)
+    return summarize_episodes(
+        names, [i < solved for i in range(episodes)], [30 if i < solved else 80 for i in range(episodes)]
+    )
+
+
+def run_results(seed=0, before=0.5, after=0.8, **changes):
+    values = {
+        "sft": evaluation(before),
+        "rl": evaluation(after),
+        "env_steps": 45_210,
+        "minutes": {"demonstrations": 0.5, "sft": 1.25, "rl": 4.0},
+        "seed": seed,
+        "noise": "flow_noise",
+        "versions": {"lerobot": "0.6.1"},
+        "config": {"num_envs": 48},
+    }
+    return RunResults(**{**values, **changes})
+
+
+def training_history(iterations=6):
+    history = [{"eval_success_rate": 0.5, "eval_ci95_low": 0.4, "eval_ci95_high": 0.6, "env_steps": 0.0}]
+    for i in range(1, iterations + 1):
+        history.append(
+            {
+                "loss": 0.1,
+                "env_steps": 1000.0 * i,
+                "rollout/success_rate": 0.5 + 0.05 * i,
+                "ppo/approx_kl": 0.03 / i,
+                "ppo/clip_fraction": 0.2 / i,
+                "ppo/explained_variance": 0.1 * i,
+            }
+        )
+    return history
+
+
+@pytest.fixture
+def results():
+    return run_results()
+
+
+@pytest.fixture
+def make_results():
+    return run_results
+
+
+@pytest.fixture
+def history():
+    return training_history()

@@ -1,0 +1,242 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from pi_rl.trainer.sft import SftProcess, run_sft, worker_environment
+
+REPO_ID = "local/handle-press"
+
+
+@pytest.fixture(scope="module")
+def dataset_root(tmp_path_factory):
+    """Two MetaWorld episodes."""
+    from pi_rl.demonstrations import collect_demonstrations
+    from pi_rl.envs.registry import make_env
+
+    root = tmp_path_factory.mktemp("data") / "demos"
+    with make_env("metaworld:handle-press-v3", 1, 1, image_size=32, fast_rendering=True, hide_arm=True) as env:
+        collect_demonstrations(env, episodes_per_task=2, output_dir=root, repo_id=REPO_ID, noise_std=0.3)
+    return root
+
+
+@pytest.fixture(scope="module")
+def dataset(dataset_root):
+    from lerobot.datasets import LeRobotDataset
+
+    window = {"action": [k / 80 for k in range(5)], "observation.state": [-1 / 80, 0.0]}
+    return LeRobotDataset(REPO_ID, root=dataset_root, delta_timestamps=window, video_backend="pyav")
+
+
+@pytest.fixture(scope="module")
+def finetuned(dataset_root, small_pi0_folder, tmp_path_factory):
+    """Three steps of the real lerobot-train; the folder and what it reported."""
+    output = tmp_path_factory.mktemp("sft") / "policy"
+    reports = []
+    run_sft(
+        small_pi0_folder,
+        dataset_root,
+        REPO_ID,
+        output,
+        steps=3,
+        batch_size=4,
+        image_shift=1,
+        progress=lambda *report: reports.append(report),
+    )
+    return output, reports
+
+
+def test_finetuned_folder_loads_and_acts(finetuned, dataset):
+    from pi_rl.policies.checkpoints import load_policy
+
+    loaded = load_policy(finetuned[0], device="cpu")
+    item = dataset[0]
+    batch = loaded.preprocessor(
+        {
+            "observation.image": item["observation.image"][None],
+            "observation.state": item["observation.state"][-1:],
+            "task": [item["task"]],
+        }
+    )
+    action = loaded.postprocessor(loaded.policy.predict_action_chunk(batch))
+    assert action.shape == (1, 5, 4)
+    assert torch.isfinite(action).all()
+
+
+def test_weights_moved_from_the_start_policy(finetuned, small_pi0_folder):
+    before, after = (load_file(folder / "model.safetensors") for folder in (small_pi0_folder, finetuned[0]))
+    assert set(before) == set(after)
+    change = max(float((before[name] - after[name]).abs().max()) for name in before)
+    assert 1e-6 < change < 0.1
+
+
+def test_statistics_of_the_dataset_are_in_the_processors(finetuned, dataset):
+    from pi_rl.policies.checkpoints import load_policy
+
+    loaded = load_policy(finetuned[0], device="cpu")
+    expected = torch.as_tensor(dataset.meta.stats["action"]["mean"], dtype=torch.float32)
+    restored = loaded.postprocessor(torch.zeros(1, 1, 4))
+    torch.testing.assert_close(restored[0, 0], expected)
+
+
+def test_folder_carries_its_tokenizer_and_no_foreign_paths(finetuned, dataset_root, small_pi0_folder):
+    output = finetuned[0]
+    assert (output / "tokenizer.json").read_bytes() == (small_pi0_folder / "tokenizer.json").read_bytes()
+    for file in output.glob("*.json"):
+        assert str(dataset_root) not in file.read_text()
+        assert str(small_pi0_folder) not in file.read_text()
+    assert json.loads((output / "train_config.json").read_text())["optimizer"]["type"] == "adamw"
+    assert [path.name for path in output.parent.iterdir()] == ["policy"]
+
+
+def test_every_run_reports_its_last_step(finetuned):
+    step, steps, text = finetuned[1][-1]
+    assert (step, steps) == (3, 3)
+    assert text.startswith("loss ")
+
+
+def test_memory_serves_the_items_of_the_dataset(dataset):
+    from pi_rl.trainer.sft_worker import InMemoryDataset
+
+    memory = InMemoryDataset(dataset)
+    assert len(memory) == len(dataset)
+    batch = memory.__getitems__(range(len(dataset)))
+    for i in range(len(dataset)):
+        expected = dataset[i]
+        assert set(batch) == set(expected)
+        for key, value in expected.items():
+            if isinstance(value, str):
+                assert batch[key][i] == value
+            else:
+                assert torch.equal(batch[key][i], value), key
+                assert batch[key].dtype == value.dtype
+
+
+def test_shifted_images_are_windows_of_the_padded_image(dataset):
+    from pi_rl.trainer.sft_worker import InMemoryDataset
+
+    plain = InMemoryDataset(dataset)[0]["observation.image"]
+    memory = InMemoryDataset(dataset, image_shift=2)
+    padded = torch.nn.functional.pad(plain[None], (2,) * 4, mode="replicate")[0]
+    windows = padded.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4).reshape(25, 3, 32, 32)
+    drawn = memory.__getitems__([0] * 40)["observation.image"]
+    found = {int(index) for image in drawn for index in (windows == image).flatten(1).all(1).nonzero()[:1]}
+    assert all((windows == image).flatten(1).all(1).any() for image in drawn)
+    assert len(found) > 5
+
+
+def test_schedule_optimizer_and_data_are_what_was_asked_for(dataset_root, small_pi0_folder, tmp_path):
+    from pi_rl.trainer.sft import SftJob
+    from pi_rl.trainer.sft_worker import train_config
+
+    config = train_config(
+        SftJob(
+            policy_path=str(small_pi0_folder),
+            dataset_root=str(dataset_root),
+            repo_id=REPO_ID,
+            output_dir=str(tmp_path / "run"),
+            steps=100,
+            batch_size=8,
+            learning_rate=2e-3,
+            warmup_steps=10,
+            weight_decay=0.0,
+            grad_clip_norm=1.0,
+            seed=3,
+            device="cpu",
+            image_shift=0,
+            in_memory=True,
+            num_workers=4,
+        )
+    )
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = config.optimizer.build([parameter])
+    scheduler = config.scheduler.build(optimizer, config.steps)
+    rates = []
+    for _ in range(config.steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert int(np.argmax(rates)) == 10
+    assert max(rates) == pytest.approx(2e-3, rel=0.03)
+    assert rates[-1] < 1e-5
+    assert (config.num_workers, config.seed, config.policy.push_to_hub, config.wandb.enable) == (0, 3, False, False)
+
+
+def test_start_weights_that_lerobot_did_not_load_are_refused(small_policy, small_pi0_folder):
+    from pi_rl.trainer.sft_worker import check_start_weights
+
+    policy = small_policy().policy
+    check_start_weights(policy, str(small_pi0_folder))
+    with torch.no_grad():
+        policy.model.action_out_proj.weight.add_(1.0)
+    with pytest.raises(RuntimeError, match="action_out_proj"):
+        check_start_weights(policy, str(small_pi0_folder))
+
+
+@pytest.fixture
+def pretend_dataset(tmp_path):
+    (tmp_path / "data" / "meta").mkdir(parents=True)
+    (tmp_path / "data" / "meta" / "info.json").write_text("{}")
+    return tmp_path / "data"
+
+
+def test_bad_arguments_are_refused_before_a_process_starts(small_pi0_folder, pretend_dataset, tmp_path):
+    output = tmp_path / "out"
+    with pytest.raises(ValueError, match=r"meta/info\.json"):
+        run_sft(small_pi0_folder, tmp_path, REPO_ID, output, steps=1)
+    with pytest.raises(ValueError, match="steps=0"):
+        run_sft(small_pi0_folder, pretend_dataset, REPO_ID, output, steps=0)
+    with pytest.raises(ValueError, match="not a LeRobot policy folder"):
+        run_sft(pretend_dataset, pretend_dataset, REPO_ID, output, steps=1)
+    with pytest.raises(ValueError, match="already exists"):
+        run_sft(small_pi0_folder, pretend_dataset, REPO_ID, pretend_dataset, steps=1)
+    assert not output.exists()
+
+
+@pytest.fixture
+def failing_worker(monkeypatch, tmp_path):
+    """A worker process that ends at once with a message."""
+    script = tmp_path / "worker.py"
+    script.write_text("import sys; sys.stdin.readline(); sys.exit('the dataset is on fire')")
+    start = subprocess.Popen
+    monkeypatch.setattr(
+        subprocess, "Popen", lambda command, **options: start([sys.executable, str(script)], **options)
+    )
+
+
+def test_a_failure_shows_the_end_of_the_log_and_leaves_nothing(
+    failing_worker, small_pi0_folder, pretend_dataset, tmp_path
+):
+    with pytest.raises(RuntimeError, match="exit code 1[^$]*the dataset is on fire"):
+        run_sft(small_pi0_folder, pretend_dataset, REPO_ID, tmp_path / "new" / "out", steps=1)
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_a_process_is_used_once(failing_worker, small_pi0_folder, pretend_dataset, tmp_path):
+    process = SftProcess()
+    for message in ("on fire", "used before"):
+        with pytest.raises(RuntimeError, match=message):
+            run_sft(small_pi0_folder, pretend_dataset, REPO_ID, tmp_path / "out", steps=1, process=process)
+
+
+def test_worker_stands_outside_of_any_launcher(monkeypatch, tmp_path):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_USE_CPU", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_HOME", "kept")
+    env = worker_environment(2, datasets_cache=tmp_path)
+    assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_USE_CPU", "TORCHELASTIC_RUN_ID"} & set(env)
+    assert (env["HF_HOME"], env["OMP_NUM_THREADS"], env["HF_DATASETS_CACHE"]) == ("kept", "2", str(tmp_path))
+
+
+def test_importing_the_stages_loads_no_torch():
+    code = (
+        "import sys, pi_rl.demonstrations, pi_rl.trainer.sft\n"
+        "import pi_rl.hub.results, pi_rl.hub.plots, pi_rl.hub.videos, pi_rl.hub.model_card\n"
+        "print({'torch', 'lerobot', 'matplotlib', 'transformers'} & set(sys.modules))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "set()"
