@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
 
 CONFIG_NAME = "pi_rl_config.yaml"
+FILM_EVERY, FILM_SLOWER = 2, 4
 DATASET_ID = "local/demonstrations"
 MODEL, ENVIRONMENT, DEMOS, SFT = "Policy", "Environment", "Demonstrations", "Supervised fine-tuning"
 
@@ -370,9 +371,15 @@ def film_before_after(trainer: Any, sft_path: str | Path, before: Any, after: An
         load_policy(sft_path, device=args.device, n_action_steps=args.n_action_steps), args
     ).to(args.device)
     clips = [
-        record_episode(model, trainer.env, trainer.io, reset_id, seed=args.eval_seed)
+        record_episode(model, trainer.env, trainer.io, reset_id, seed=args.eval_seed, every=FILM_EVERY)
         for model in (original, trainer.actor_critic)
     ]
     (first, first_success), (second, second_success) = clips
-    frames = side_by_side(first, second, success_before=first_success, success_after=second_success)
-    return write_video(frames, path, fps=trainer.env.spec.fps // 2)
+    frames = side_by_side(
+        first,
+        second,
+        success_before=first_success,
+        success_after=second_success,
+        caption=f"{trainer.env.spec.instructions[reset_id[0]]} ({FILM_SLOWER}x slower)",
+    )
+    return write_video(frames, path, fps=trainer.env.spec.fps / FILM_EVERY / FILM_SLOWER)

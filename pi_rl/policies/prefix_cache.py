@@ -4,8 +4,6 @@ Recomputing the prefix is 91 to 99.6 % of an update's FLOPs at the published siz
 keys and values are about 18 kB per token in bfloat16.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -31,7 +29,7 @@ class PrefixStore:
 
     def __init__(
         self,
-        storage: Literal["device", "host"] = "device",
+        storage: str = "device",
         *,
         device: torch.device | str | None = None,
         capacity: int = 0,

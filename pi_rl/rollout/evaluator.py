@@ -205,6 +205,7 @@ def record_episode(
     *,
     seed: int = 0,
     size: tuple[int, int] = (240, 240),
+    every: int = 1,
 ) -> tuple[np.ndarray, bool]:
     """Films the deterministic policy from one initial state, in environment 0.
 
@@ -215,24 +216,27 @@ def record_episode(
         reset_id: (2,) task index and state id.
         seed: Seed of the flow's initial noise, as in :func:`evaluate_policy`.
         size: Height and width of the frames in pixels.
+        every: Environment steps between frames.
 
     Returns:
-        Frames uint8 (n, height, width, 3), one per environment step and the first, and whether the episode succeeded.
+        Frames uint8 (n, height, width, 3) from the first to the last observation, and whether the episode succeeded.
     """
     model.eval()
     rows = np.zeros(1, np.int64)
     active = np.arange(env.num_envs) == 0
     observation = env.reset(reset_id[None], rows)
     frames = [env.render(rows, *size)[0]]
-    chunk = np.zeros(1, np.int64)
+    chunk, steps = np.zeros(1, np.int64), 0
     while True:
         actions = ode_actions(model, io, observation, rows, reset_id[None], chunk, seed=seed)
         for step in range(actions.shape[1]):
             single = np.zeros((env.num_envs, 1, env.spec.action_dim), np.float32)
             single[0] = actions[0, step]
             result = env.step_chunk(single, active)
-            frames.append(env.render(rows, *size)[0])
-            observation = result.observation
-            if result.terminated[0] or result.truncated[0]:
+            observation, steps = result.observation, steps + 1
+            ended = bool(result.terminated[0] or result.truncated[0])
+            if ended or steps % every == 0:
+                frames.append(env.render(rows, *size)[0])
+            if ended:
                 return np.stack(frames), bool(result.success[0])
         chunk += 1

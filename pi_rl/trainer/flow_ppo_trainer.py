@@ -68,6 +68,9 @@ class FlowPPOTrainer(Trainer):
         ValueError: When policy and environment do not fit, or the environment has the wrong size.
     """
 
+    args: FlowPPOConfig
+    optimizer: Any
+    control: Any
     _tag_names = ["pi_rl", "flow-matching", "reinforcement-learning", "robotics"]
 
     def __init__(
@@ -167,7 +170,7 @@ class FlowPPOTrainer(Trainer):
 
     # ---- the training loop's hooks ---------------------------------------------------------------------------------
 
-    def get_train_dataloader(self) -> DataLoader[dict[str, int]]:
+    def get_train_dataloader(self) -> DataLoader[int]:
         """Ticks, deliberately not prepared by accelerate: the same on every process and never read ahead."""
         return tick_loader(self.train_dataset)
 

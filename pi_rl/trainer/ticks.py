@@ -22,6 +22,6 @@ class TickDataset(Dataset[int]):
         return index
 
 
-def tick_loader(dataset: TickDataset) -> DataLoader[dict[str, int]]:
+def tick_loader(dataset: TickDataset) -> DataLoader[int]:
     """Yields {"tick": i} in order, the same on every process."""
     return DataLoader(dataset, batch_size=1, shuffle=False, collate_fn=lambda ticks: {"tick": ticks[0]})
