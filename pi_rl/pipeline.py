@@ -324,7 +324,8 @@ def _report(run: _Run, trainer: Any, policy_path: str | Path, before: Any, after
         trainer.state.log_history,
         folder / "learning_curve.png",
         title=f"{recipe.env}, {ppo.noise}, seed {ppo.seed}",
-        sft_baseline=results.sft.success_rate,
+        sft_baseline=results.sft,
+        final=results.rl,
     )
     if recipe.video:
         with run.stage("video", "   Filming the same initial state before and after"):
