@@ -381,6 +381,7 @@ def film_before_after(trainer: Any, sft_path: str | Path, before: Any, after: An
         second,
         success_before=first_success,
         success_after=second_success,
+        steps_per_frame=FILM_EVERY,
         caption=f"{trainer.env.spec.instructions[reset_id[0]]} ({FILM_SLOWER}x slower)",
     )
     return write_video(frames, path, fps=trainer.env.spec.fps / FILM_EVERY / FILM_SLOWER)

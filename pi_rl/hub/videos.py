@@ -114,10 +114,12 @@ def side_by_side(
     caption: str = "",
     height: int = 320,
     hold: int = 20,
+    steps_per_frame: int = 1,
 ) -> Frames:
     """Two episodes from the same initial state next to each other, with captions.
 
-    Frame t of either side is the observation after t environment steps. The shorter episode keeps its last frame.
+    Frame t of either side is the observation after t * steps_per_frame environment steps. The shorter episode keeps
+    its last frame.
     The header of each side names the policy, the step count and, once the episode is over, success or failure.
 
     Args:
@@ -128,6 +130,7 @@ def side_by_side(
         labels: Heading of the two sides.
         caption: Line below, for example the task instruction.
         height: Height of each picture in pixels; pictures are scaled to it.
+        steps_per_frame: Environment steps between frames, for the step count.
         hold: Number of times the last picture is repeated, to read the outcome.
 
     Returns:
@@ -142,14 +145,19 @@ def side_by_side(
     outcomes = (success_before, success_after)
     return np.stack(
         [
-            _compose(sides, outcomes, labels, caption, step)
-            for step in range(max(len(side) for side in sides) + max(0, hold))
+            _compose(sides, outcomes, labels, caption, frame, steps_per_frame)
+            for frame in range(max(len(side) for side in sides) + max(0, hold))
         ]
     )
 
 
 def _compose(
-    sides: list[list[Image.Image]], outcomes: Sequence[bool], labels: Sequence[str], caption: str, step: int
+    sides: list[list[Image.Image]],
+    outcomes: Sequence[bool],
+    labels: Sequence[str],
+    caption: str,
+    frame: int,
+    steps: int,
 ) -> Frames:
     """One picture of the comparison."""
     width, height = sides[0][0].width + sides[1][0].width, sides[0][0].height
@@ -162,11 +170,11 @@ def _compose(
     left = 0
     for side, success, label in zip(sides, outcomes, labels, strict=True):
         last = len(side) - 1
-        over = step >= last
+        over = frame >= last
         right = left + side[0].width
-        canvas.paste(side[min(step, last)], (left, header))
+        canvas.paste(side[min(frame, last)], (left, header))
         draw.text((left + 8, 5), label, font=font, fill=_TEXT)
-        draw.text((left + 8, size + 8), f"step {min(step, last)}", font=font, fill=_MUTED)
+        draw.text((left + 8, size + 8), f"step {steps * min(frame, last)}", font=font, fill=_MUTED)
         if over:
             colour = _SUCCESS if success else _FAILURE
             draw.text((right - 8, size + 8), "success" if success else "failure", font=font, fill=colour, anchor="ra")

@@ -99,16 +99,19 @@ def test_resume_is_bitwise_equal_to_never_having_stopped(train, tmp_path):
 
 
 def test_a_checkpoint_is_a_lerobot_policy_and_leaves_nothing_half_written(train, tmp_path):
-    trainer = train(save_every_iterations=1, save_total_limit=1, eval_every_iterations=1)
+    trainer = train(num_iterations=3, save_every_iterations=1, save_total_limit=2, eval_every_iterations=1)
     run = tmp_path / "run"
-    assert [folder.name for folder in run.glob("checkpoint-*")] == ["checkpoint-8"]
+    best = f"checkpoint-{trainer.state.best_global_step}"
+    kept = {folder.name for folder in run.glob("checkpoint-*")}
+    assert {best, "checkpoint-12"} <= kept
+    assert len(kept) == 2
     assert not (run / ".incomplete").exists()
-    names = {file.name for file in (run / "checkpoint-8").iterdir()}
+    names = {file.name for file in (run / "checkpoint-12").iterdir()}
     assert {"config.json", "model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json",
             "critic.safetensors", "noise_network.safetensors", "rl_state.json", "optimizer.pt"} <= names  # fmt: skip
-    state = json.loads((run / "checkpoint-8" / "trainer_state.json").read_text())
-    assert state["best_model_checkpoint"] in (None, str(run / "checkpoint-8"), str(run / "checkpoint-4"))
-    reloaded = FlowPPOTrainer(str(run / "checkpoint-8"), trainer.args, trainer.env)
+    state = json.loads((run / "checkpoint-12" / "trainer_state.json").read_text())
+    assert state["best_model_checkpoint"] == str(run / best)
+    reloaded = FlowPPOTrainer(str(run / "checkpoint-12"), trainer.args, trainer.env)
     for name, value in trainer.actor_critic.policy.state_dict().items():
         assert torch.equal(reloaded.actor_critic.policy.state_dict()[name], value), name
 
