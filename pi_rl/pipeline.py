@@ -17,6 +17,7 @@ from pi_rl.arguments import dump_config, parse_recipe_arguments
 from pi_rl.progress import Progress, say
 
 if TYPE_CHECKING:
+    from pi_rl.envs.vector_env import EnvSpec
     from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
 
 CONFIG_NAME = "pi_rl_config.yaml"
@@ -162,14 +163,21 @@ def run_recipe(description: str, default_config: Path | None, noise: str, argv: 
         torch.set_num_threads(1)  # small models lose more than they gain by threads, and simulators want the cores
     run = _Run(recipe, ppo, " ".join(["accelerate launch", sys.argv[0], *arguments]))
     with _set_up():
-        check_name_and_options(recipe.env, run.env_options)
+        spec = check_name_and_options(recipe.env, run.env_options)
         _prepare_folder(run)
     say(ppo.batch_arithmetic(), enabled=run.is_main)
-    policy_path: str | Path = recipe.model or run.folder / "sft"
-    if recipe.model is None and run.is_main:
-        _make_sft_policy(run)
-    run.wait()
-    _reinforce(run, policy_path)
+    policy_path: str | Path = recipe.model or run.folder / ("init" if ppo.dry_run else "sft")
+    try:
+        if recipe.model is None and run.is_main:
+            if ppo.dry_run:
+                _create_small_policy(run, spec)
+            else:
+                _make_sft_policy(run)
+        run.wait()
+        _reinforce(run, policy_path)
+    except RecipeError:
+        _release_folder(run)
+        raise
     return run.folder
 
 
@@ -202,11 +210,17 @@ def _prepare_folder(run: _Run) -> None:
     run.wait()
 
 
+def _release_folder(run: _Run) -> None:
+    """Leaves nothing behind when a run could not begin."""
+    if run.is_main and {entry.name for entry in run.folder.iterdir()} == {CONFIG_NAME}:
+        (run.folder / CONFIG_NAME).unlink()
+        run.folder.rmdir()
+
+
 def _make_sft_policy(run: _Run) -> None:
     """Demonstrations and few-shot SFT of a small policy, on the main process."""
     from pi_rl.demonstrations import collect_demonstrations
     from pi_rl.envs.registry import make_env
-    from pi_rl.policies.small.create import create_small_policy
     from pi_rl.trainer.sft import run_sft
 
     recipe, ppo, folder = run.recipe, run.ppo, run.folder
@@ -215,7 +229,9 @@ def _make_sft_policy(run: _Run) -> None:
         return
     workers = ppo.env_workers or 2
     with run.stage("demonstrations", f"1. Demonstrations: scripted experts in {recipe.env}"):
-        with make_env(recipe.env, workers, workers, **run.env_options) as env:
+        with _set_up():
+            opened = make_env(recipe.env, workers, workers, **run.env_options)
+        with opened as env:
             spec = env.spec
             if not (folder / "demos").is_dir():
                 summary = collect_demonstrations(
@@ -233,20 +249,7 @@ def _make_sft_policy(run: _Run) -> None:
                 )
                 say(f"  {summary}")
     with run.stage("sft", f"2. Few-shot SFT of a small {recipe.small_model} with lerobot-train"):
-        init = create_small_policy(
-            recipe.small_model,
-            cameras=spec.cameras,
-            state_dim=spec.state_dim,
-            action_dim=spec.action_dim,
-            image_size=recipe.image_resolution,
-            chunk_size=recipe.chunk_size,
-            n_action_steps=ppo.n_action_steps or recipe.chunk_size,
-            denoising_steps=ppo.denoising_steps,
-            instructions=spec.instructions,
-            output_dir=folder / "init",
-            seed=ppo.seed,
-            **recipe.small_model_sizes,
-        )
+        init = _create_small_policy(run, spec)
         run_sft(
             init,
             folder / "demos",
@@ -258,6 +261,27 @@ def _make_sft_policy(run: _Run) -> None:
             seed=ppo.seed,
             progress=Progress("SFT", "step"),
         )
+
+
+def _create_small_policy(run: _Run, spec: "EnvSpec") -> Path:
+    """An untrained small policy that fits the environment."""
+    from pi_rl.policies.small.create import create_small_policy
+
+    recipe, ppo = run.recipe, run.ppo
+    return create_small_policy(
+        recipe.small_model,
+        cameras=spec.cameras,
+        state_dim=spec.state_dim,
+        action_dim=spec.action_dim,
+        image_size=recipe.image_resolution,
+        chunk_size=recipe.chunk_size,
+        n_action_steps=ppo.n_action_steps or recipe.chunk_size,
+        denoising_steps=ppo.denoising_steps,
+        instructions=spec.instructions,
+        output_dir=run.folder / "init",
+        seed=ppo.seed,
+        **recipe.small_model_sizes,
+    )
 
 
 def _reinforce(run: _Run, policy_path: str | Path) -> None:

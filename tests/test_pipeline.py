@@ -1,6 +1,7 @@
 """The recipes as a user starts them."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -56,6 +57,26 @@ def test_dry_run_prints_the_arithmetic_and_saves(small_pi0_folder, tmp_path, cap
     folder = recipe(tmp_path, "--model", str(small_pi0_folder), "--dry_run", "true", noise="flow_sde")
     assert "1 optimiser steps" in capsys.readouterr().out
     assert (folder / "policy" / "model.safetensors").is_file()
+
+
+def test_a_run_that_cannot_begin_leaves_nothing_behind(small_pi0_folder, tmp_path):
+    with pytest.raises(ValueError, match="nearest: handle-press-v3"):
+        recipe(tmp_path, "--env", "metaworld:handle-pres-v3")
+    with pytest.raises(ValueError, match="neither an existing folder nor a Hub id"):
+        recipe(tmp_path, "--model", str(tmp_path / "nowhere"))
+    broken = tmp_path / "broken"
+    shutil.copytree(small_pi0_folder, broken)
+    (broken / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match="model.safetensors is missing"):
+        recipe(tmp_path, "--model", str(broken))
+    assert not (tmp_path / "run").exists()
+
+
+def test_dry_run_needs_no_checkpoint(tmp_path, capsys):
+    folder = recipe(tmp_path, "--dry_run", "--image_resolution", "32")
+    assert "Dry run finished" in capsys.readouterr().out
+    assert not (folder / "demos").exists()
+    assert (folder / "policy" / "noise_network.safetensors").is_file()
 
 
 def test_an_output_folder_of_another_run_is_refused(small_pi0_folder, tmp_path):
