@@ -13,6 +13,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
+
+from pi_rl.__about__ import package_versions
 from pi_rl.arguments import dump_config, parse_recipe_arguments
 from pi_rl.progress import Progress, say
 
@@ -104,6 +107,12 @@ class _Run:
     @property
     def env_options(self) -> dict[str, Any]:
         return {**self.recipe.env_options, "blind": self.recipe.blind}
+
+    def minutes_of_all(self) -> dict[str, float]:
+        """Minutes per stage, and of all that no stage covers (imports, loading) since the process began."""
+        since_start = (time.time() - psutil.Process().create_time()) / 60
+        other = max(0.0, since_start - sum(self.minutes.values()))
+        return {name: round(value, 2) for name, value in {**self.minutes, "other": other}.items()}
 
     def wait(self) -> None:
         """Lets the processes catch up with the first."""
@@ -330,18 +339,18 @@ def _report(run: _Run, trainer: Any, policy_path: str | Path, before: Any, after
     """Table, results.json, learning curve, video and model card."""
     from pi_rl.hub.model_card import write_model_card
     from pi_rl.hub.plots import plot_learning_curve
-    from pi_rl.hub.results import RunResults, installed_versions, results_table, write_results
+    from pi_rl.hub.results import RunResults, results_table, write_results
 
     folder, ppo, recipe = run.folder, run.ppo, run.recipe
     results = RunResults(
         sft=before.summary(),
         rl=after.summary(),
         env_steps=trainer.env_steps,
-        minutes={name: round(value, 2) for name, value in run.minutes.items()},
+        minutes={},
         seed=ppo.seed,
         noise=ppo.noise,
         blind=recipe.blind,
-        versions=installed_versions(),
+        versions=package_versions(),
         config={**asdict(recipe), "sampler": asdict(ppo.sampler()), "num_iterations": ppo.num_iterations},
     )
     plot_learning_curve(
@@ -354,7 +363,7 @@ def _report(run: _Run, trainer: Any, policy_path: str | Path, before: Any, after
     if recipe.video:
         with run.stage("video", "   Filming the same initial state before and after"):
             film_before_after(trainer, policy_path, before, after, folder / "before_after.mp4")
-        results.minutes["video"] = round(run.minutes["video"], 2)
+    results.minutes = run.minutes_of_all()
     write_model_card(
         folder / "policy",
         results,

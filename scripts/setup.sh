@@ -2,7 +2,7 @@
 # Sets pi_rl up in .venv: Python packages at the pinned versions and, if nothing renders, the system's OpenGL libraries.
 # Done once: a stamp in .venv makes later calls return at once. Package indexes are those the machine is set up for.
 #
-# Usage: scripts/setup.sh          extras as in PI_RL_EXTRAS (default: test,lint,tensorboard,trackio)
+# Usage: scripts/setup.sh          extras as in PI_RL_EXTRAS (default: test,lint)
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,7 +10,7 @@ cd "$ROOT"
 VENV=$ROOT/.venv
 LOG=$VENV/setup.log
 STAMP=$VENV/setup.stamp
-EXTRAS=${PI_RL_EXTRAS:-test,lint,tensorboard,trackio}
+EXTRAS=${PI_RL_EXTRAS:-test,lint}
 APT_PACKAGES=(libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libosmesa6)
 
 say() { printf 'setup: %s\n' "$*"; }

@@ -5,10 +5,8 @@ Standard library only, so that the tables can be printed where torch is not inst
 
 import json
 import os
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +14,6 @@ from pi_rl.rollout.summary import EvalSummary, TaskSummary
 
 RESULTS_NAME = "results.json"
 _RESULTS_HEAD = ["policy", "task", "success [95 %]", "episodes", "episode length", "env steps"]
-VERSIONED_PACKAGES = ("pi_rl", "lerobot", "torch", "transformers", "accelerate", "mujoco", "metaworld", "numpy")
 
 
 @dataclass(kw_only=True)
@@ -106,17 +103,6 @@ def read_results(path: str | Path) -> RunResults:
         return RunResults.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ValueError(f"{file} is not a results file of this package: {error}") from error
-
-
-def installed_versions(packages: Sequence[str] = VERSIONED_PACKAGES) -> dict[str, str]:
-    """Version of Python and of each installed package; packages that are not installed are left out."""
-    versions = {"python": platform.python_version()}
-    for name in packages:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return versions
 
 
 def format_success(summary: TaskSummary) -> str:

@@ -102,6 +102,10 @@ class FlowPPOConfig(TrainingArguments):
     metric_for_best_model: str | None = _option("success_rate", EVAL, "metric that marks the best checkpoint")
     greater_is_better: bool | None = _option(True, EVAL, "direction of that metric")
     report_to: str | list[str] | None = _option("none", EVAL, "tensorboard, wandb, trackio, …")
+    trackio_space_id: str | None = _option(
+        None, EVAL, "Space to log to with trackio; default: a local folder, nothing is published"
+    )
+    project: str = _option("pi_rl", EVAL, "trackio's project")
     remove_unused_columns: bool = _option(False, EVAL, "no dataset columns here")
     ddp_find_unused_parameters: bool | None = _option(False, EVAL, "every trained parameter is used by the loss")
 

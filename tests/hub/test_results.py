@@ -7,7 +7,6 @@ from pi_rl.hub.results import (
     RunResults,
     format_minutes,
     format_success,
-    installed_versions,
     read_results,
     results_rows_markdown,
     results_table,
@@ -99,8 +98,3 @@ def test_gain_and_total(results):
     assert results.gain == pytest.approx(0.3)
     assert results.total_minutes == pytest.approx(5.75)
     assert RunResults.from_dict(results.to_dict()) == results
-
-
-def test_versions_leave_out_what_is_not_installed():
-    versions = installed_versions(("numpy", "no-such-package-here"))
-    assert set(versions) == {"python", "numpy"}

@@ -174,6 +174,19 @@ def test_tensorboard_receives_the_metrics(train, tmp_path):
     assert {"train/ppo/approx_kl", "train/rollout/env_steps", "eval/success_rate"} <= tags
 
 
+def test_trackio_and_wandb_keep_local_records(train, tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    trainer = train(report_to=["trackio", "wandb"])
+    assert trainer.args.trackio_space_id is None
+    assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
+    import trackio
+
+    runs = trackio.Api().runs("pi_rl")
+    assert runs, "trackio recorded no run"
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
