@@ -4,7 +4,10 @@ The recipes are this pipeline with different settings. Each stage leaves a compl
 killed goes on with the first stage that is missing when the same command is given again.
 """
 
+import json
 import os
+import shlex
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -23,7 +26,7 @@ if TYPE_CHECKING:
     from pi_rl.envs.vector_env import EnvSpec
     from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
 
-CONFIG_NAME = "pi_rl_config.yaml"
+CONFIG_NAME, STAGES_NAME = "pi_rl_config.yaml", "stages.json"
 FILM_EVERY, FILM_SLOWER = 2, 4
 DATASET_ID = "local/demonstrations"
 MODEL, ENVIRONMENT, DEMOS, SFT = "Policy", "Environment", "Demonstrations", "Supervised fine-tuning"
@@ -44,6 +47,7 @@ class RecipeArguments:
         MODEL,
         "Hub id or folder of the policy RL starts from; default: a small one, demonstrated and fine-tuned here",
     )
+    model_license: str = _option("other", MODEL, "licence of that policy's weights, for the model card, e.g. gemma")
     small_model: str = _option("pi0", MODEL, "class of the small policy: pi0 or pi05")
     small_model_sizes: dict[str, Any] = _option({}, MODEL, "sizes of the small policy, e.g. {vlm_width: 64, depth: 2}")
     image_resolution: int = _option(64, MODEL, "side of the small policy's image input in pixels")
@@ -69,6 +73,8 @@ class RecipeArguments:
     def __post_init__(self) -> None:
         if self.small_model not in ("pi0", "pi05"):
             raise ValueError(f"small_model={self.small_model!r} is unknown; choose pi0 or pi05.")
+        if "blind" in self.env_options:
+            raise ValueError("env_options must not set blind; use the option of that name, --blind.")
         for name in ("demos_per_task", "sft_steps", "sft_batch_size", "chunk_size", "image_resolution"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: it must be at least 1.")
@@ -89,15 +95,24 @@ def _set_up() -> Iterator[None]:
 
 @dataclass
 class _Run:
-    """One run's settings, folder and stage times."""
+    """One run's settings, folder and minutes per stage; ``before`` are those of an earlier, killed process."""
 
     recipe: RecipeArguments
     ppo: "FlowPPOConfig"
     command: str
     minutes: dict[str, float] = field(default_factory=dict)
+    before: dict[str, float] = field(default_factory=dict)
+
+    def continue_clock(self) -> None:
+        """Takes over the stage times of a run that was killed."""
+        stages = self.folder / STAGES_NAME
+        if stages.exists():
+            self.before = json.loads(stages.read_text())
+            self.minutes = dict(self.before)
 
     @property
     def folder(self) -> Path:
+        """Where everything of the run is written."""
         return Path(self.ppo.output_dir)
 
     @property
@@ -111,7 +126,7 @@ class _Run:
     def minutes_of_all(self) -> dict[str, float]:
         """Minutes per stage, and of all that no stage covers (imports, loading) since the process began."""
         since_start = (time.time() - psutil.Process().create_time()) / 60
-        other = max(0.0, since_start - sum(self.minutes.values()))
+        other = max(0.0, since_start - sum(self.minutes.values()) + sum(self.before.values()))
         return {name: round(value, 2) for name, value in {**self.minutes, "other": other}.items()}
 
     def wait(self) -> None:
@@ -127,19 +142,35 @@ class _Run:
         started = time.perf_counter()
         yield
         self.minutes[name] = self.minutes.get(name, 0.0) + (time.perf_counter() - started) / 60
+        if self.is_main:
+            (self.folder / STAGES_NAME).write_text(json.dumps(self.minutes) + "\n")
         say(f"  {self.minutes[name]:.1f} min", enabled=self.is_main)
 
 
-def recipe_main(description: str, default_config: Path | None, noise: str, argv: Sequence[str] | None = None) -> None:
+def recipe_main(
+    description: str,
+    default_config: Path | None,
+    noise: str,
+    argv: Sequence[str] | None = None,
+    *,
+    output_dir: str = "outputs/run",
+) -> None:
     """:func:`run_recipe` as a program: what the user can put right is printed in one paragraph, with exit code 2."""
     try:
-        run_recipe(description, default_config, noise, argv)
+        run_recipe(description, default_config, noise, argv, output_dir=output_dir)
     except RecipeError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def run_recipe(description: str, default_config: Path | None, noise: str, argv: Sequence[str] | None = None) -> Path:
+def run_recipe(
+    description: str,
+    default_config: Path | None,
+    noise: str,
+    argv: Sequence[str] | None = None,
+    *,
+    output_dir: str = "outputs/run",
+) -> Path:
     """Runs a recipe from its command line.
 
     Args:
@@ -147,6 +178,7 @@ def run_recipe(description: str, default_config: Path | None, noise: str, argv: 
         default_config: YAML file used when no ``--config`` is given.
         noise: Exploration noise, unless a file or the command line says otherwise.
         argv: Arguments; the process's by default.
+        output_dir: The run's folder, unless a file or the command line says otherwise.
 
     Returns:
         The run's output folder.
@@ -157,6 +189,7 @@ def run_recipe(description: str, default_config: Path | None, noise: str, argv: 
     import torch
 
     from pi_rl.envs.registry import check_name_and_options
+    from pi_rl.rollout.evaluator import evaluation_ids
     from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
 
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -164,24 +197,32 @@ def run_recipe(description: str, default_config: Path | None, noise: str, argv: 
         recipe, ppo = parse_recipe_arguments(
             (RecipeArguments, FlowPPOConfig),
             default_config=default_config,
-            defaults={"noise": noise},
+            defaults={"noise": noise, "output_dir": output_dir},
             description=description,
             argv=arguments,
         )
     if ppo.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # small models lose more than they gain by threads, and simulators want the cores
-    run = _Run(recipe, ppo, " ".join(["accelerate launch", sys.argv[0], *arguments]))
+    run = _Run(recipe, ppo, shlex.join(["accelerate", "launch", f"recipes/{Path(sys.argv[0]).name}", *arguments]))
     with _set_up():
         spec = check_name_and_options(recipe.env, run.env_options)
+        if recipe.model is None and (ppo.n_action_steps or 1) > recipe.chunk_size:
+            raise ValueError(
+                f"n_action_steps={ppo.n_action_steps} is more than the chunk_size={recipe.chunk_size} actions that the "
+                "policy predicts; lower the one or raise the other."
+            )
+        if ppo.eval_episodes:
+            evaluation_ids(len(spec.tasks), ppo.eval_episodes)
         _prepare_folder(run)
-    say(ppo.batch_arithmetic(), enabled=run.is_main)
+    run.continue_clock()
+    say(ppo.arithmetic, enabled=run.is_main)
     policy_path: str | Path = recipe.model or run.folder / ("init" if ppo.dry_run else "sft")
     try:
         if recipe.model is None and run.is_main:
             if ppo.dry_run:
                 _create_small_policy(run, spec)
             else:
-                _make_sft_policy(run)
+                _make_sft_policy(run, spec)
         run.wait()
         _reinforce(run, policy_path)
     except RecipeError:
@@ -221,12 +262,11 @@ def _prepare_folder(run: _Run) -> None:
 
 def _release_folder(run: _Run) -> None:
     """Leaves nothing behind when a run could not begin."""
-    if run.is_main and {entry.name for entry in run.folder.iterdir()} == {CONFIG_NAME}:
-        (run.folder / CONFIG_NAME).unlink()
-        run.folder.rmdir()
+    if run.is_main and {entry.name for entry in run.folder.iterdir()} <= {CONFIG_NAME, "init"}:
+        shutil.rmtree(run.folder)
 
 
-def _make_sft_policy(run: _Run) -> None:
+def _make_sft_policy(run: _Run, spec: "EnvSpec") -> None:
     """Demonstrations and few-shot SFT of a small policy, on the main process."""
     from pi_rl.demonstrations import collect_demonstrations
     from pi_rl.envs.registry import make_env
@@ -239,9 +279,9 @@ def _make_sft_policy(run: _Run) -> None:
     workers = ppo.env_workers or 2
     with run.stage("demonstrations", f"1. Demonstrations: scripted experts in {recipe.env}"):
         with _set_up():
+            init = _create_small_policy(run, spec)
             opened = make_env(recipe.env, workers, workers, **run.env_options)
         with opened as env:
-            spec = env.spec
             if not (folder / "demos").is_dir():
                 summary = collect_demonstrations(
                     env,
@@ -258,7 +298,6 @@ def _make_sft_policy(run: _Run) -> None:
                 )
                 say(f"  {summary}")
     with run.stage("sft", f"2. Few-shot SFT of a small {recipe.small_model} with lerobot-train"):
-        init = _create_small_policy(run, spec)
         run_sft(
             init,
             folder / "demos",
@@ -268,6 +307,7 @@ def _make_sft_policy(run: _Run) -> None:
             batch_size=recipe.sft_batch_size,
             learning_rate=recipe.sft_learning_rate,
             seed=ppo.seed,
+            device=ppo.device.type,
             progress=Progress("SFT", "step"),
         )
 
@@ -326,7 +366,11 @@ def _reinforce(run: _Run, policy_path: str | Path) -> None:
 def _dry_run(run: _Run, trainer: Any) -> None:
     trainer.train()
     trainer.save_model(str(run.folder / "policy"))
-    say(f"\nDry run finished: one chunk, one update, one save ({run.folder / 'policy'}).", enabled=run.is_main)
+    saved = sum(file.stat().st_size for file in (run.folder / "policy").iterdir()) / 1e6
+    run.wait()
+    if run.is_main:
+        shutil.rmtree(run.folder)
+    say(f"\nDry run finished: one chunk, one update, one save ({saved:.1f} MB, deleted again).", enabled=run.is_main)
 
 
 def _last_checkpoint(folder: Path) -> str | None:
@@ -368,6 +412,8 @@ def _report(run: _Run, trainer: Any, policy_path: str | Path, before: Any, after
         folder / "policy",
         results,
         env_name=recipe.env,
+        base_model=None if recipe.model is None else _model_name(recipe.model),
+        license=None if recipe.model is None else recipe.model_license,
         reproduce_command=run.command,
         learning_curve=folder / "learning_curve.png",
         video=folder / "before_after.mp4" if recipe.video else None,
@@ -376,6 +422,11 @@ def _report(run: _Run, trainer: Any, policy_path: str | Path, before: Any, after
     write_results(folder, results)
     say("\n" + results_table(results))
     say(f"\nPolicy, card, curve and video: {folder}")
+
+
+def _model_name(model: str) -> str:
+    """A Hub id as it is, a folder by its name: a card must not show paths of one machine."""
+    return Path(model).name if Path(model).is_dir() else model
 
 
 def film_before_after(trainer: Any, sft_path: str | Path, before: Any, after: Any, path: Path) -> Path:
@@ -394,16 +445,13 @@ def film_before_after(trainer: Any, sft_path: str | Path, before: Any, after: An
     import numpy as np
 
     from pi_rl.hub.videos import side_by_side, write_video
-    from pi_rl.policies.checkpoints import load_policy
     from pi_rl.rollout.evaluator import record_episode
-    from pi_rl.trainer.build import build_actor_critic
+    from pi_rl.trainer.build import build_actor_critic, load_model
 
     turned = np.flatnonzero(~before.success & after.success)
     reset_id = before.reset_ids[turned[0] if len(turned) else 0]
     args = trainer.args
-    original = build_actor_critic(
-        load_policy(sft_path, device=args.device, n_action_steps=args.n_action_steps), args
-    ).to(args.device)
+    original = build_actor_critic(load_model(sft_path, args, None), args).to(args.device)
     clips = [
         record_episode(model, trainer.env, trainer.io, reset_id, seed=args.eval_seed, every=FILM_EVERY)
         for model in (original, trainer.actor_critic)

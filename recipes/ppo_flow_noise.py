@@ -11,7 +11,8 @@ from pi_rl import recipe_main
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the recipe."""
-    recipe_main(__doc__ or "", Path(__file__).parent / "configs/metaworld/quickstart.yaml", "flow_noise", argv)
+    config = Path(__file__).parent / "configs/metaworld/quickstart.yaml"
+    recipe_main(__doc__ or "", config, "flow_noise", argv, output_dir="outputs/quickstart")
 
 
 if __name__ == "__main__":

@@ -53,10 +53,12 @@ def test_a_run_from_a_checkpoint_leaves_all_its_artefacts(small_pi0_folder, tmp_
         recipe(tmp_path, "--model", str(small_pi0_folder))
 
 
-def test_dry_run_prints_the_arithmetic_and_saves(small_pi0_folder, tmp_path, capsys):
-    folder = recipe(tmp_path, "--model", str(small_pi0_folder), "--dry_run", "true", noise="flow_sde")
-    assert "1 optimiser steps" in capsys.readouterr().out
-    assert (folder / "policy" / "model.safetensors").is_file()
+def test_dry_run_prints_the_runs_arithmetic_saves_and_cleans_up(small_pi0_folder, tmp_path, capsys):
+    recipe(tmp_path, "--model", str(small_pi0_folder), "--dry_run", noise="flow_sde")
+    printed = capsys.readouterr().out
+    assert "4 envs x 4 chunks = 16 samples" in printed
+    assert "one save" in printed
+    assert not list(tmp_path.glob("run*"))
 
 
 def test_a_run_that_cannot_begin_leaves_nothing_behind(small_pi0_folder, tmp_path):
@@ -69,20 +71,29 @@ def test_a_run_that_cannot_begin_leaves_nothing_behind(small_pi0_folder, tmp_pat
     (broken / "model.safetensors").unlink()
     with pytest.raises(ValueError, match="model.safetensors is missing"):
         recipe(tmp_path, "--model", str(broken))
+    with pytest.raises(ValueError, match="n_action_steps=9"):
+        recipe(tmp_path, "--n_action_steps", "9")
+    with pytest.raises(ValueError, match="env_options must not set blind"):
+        recipe(tmp_path, "--env_options", '{"blind": true}')
+    with pytest.raises(ValueError, match="3 evaluation episodes cannot be shared equally by 2 tasks"):
+        recipe(tmp_path, "--env", "metaworld:handle-press-v3,reach-v3", "--eval_episodes", "3")
     assert not (tmp_path / "run").exists()
 
 
-def test_dry_run_needs_no_checkpoint(tmp_path, capsys):
-    folder = recipe(tmp_path, "--dry_run", "--image_resolution", "32")
+def test_dry_run_needs_no_checkpoint_and_checks_the_arithmetic(tmp_path, capsys):
+    recipe(tmp_path, "--dry_run", "--image_resolution", "32")
     assert "Dry run finished" in capsys.readouterr().out
-    assert not (folder / "demos").exists()
-    assert (folder / "policy" / "noise_network.safetensors").is_file()
+    with pytest.raises(ValueError, match="do not divide"):
+        recipe(tmp_path, "--dry_run", "--per_device_train_batch_size", "7")
 
 
 def test_an_output_folder_of_another_run_is_refused(small_pi0_folder, tmp_path):
-    recipe(tmp_path, "--model", str(small_pi0_folder), "--dry_run", "true")
+    folder = recipe(tmp_path, "--model", str(small_pi0_folder))
+    (folder / "results.json").unlink()
     with pytest.raises(ValueError, match=r"other settings .*seed: 9"):
-        recipe(tmp_path, "--model", str(small_pi0_folder), "--dry_run", "true", "--seed", "9")
+        recipe(tmp_path, "--model", str(small_pi0_folder), "--seed", "9")
+    again = recipe(tmp_path, "--model", str(small_pi0_folder))
+    assert (again / "results.json").is_file()
     strange = tmp_path / "strange"
     strange.mkdir()
     (strange / "thesis.tex").write_text("x")

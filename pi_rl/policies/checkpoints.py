@@ -98,7 +98,7 @@ def load_policy(
     """
     folder = _resolve_folder(path_or_hub_id, revision)
     config = _read_config(folder)
-    _override(config, n_action_steps, denoising_steps)
+    override_steps(config, n_action_steps, denoising_steps)
     config.device = None  # LeRobot's constructors then leave the (empty) weights where they are
     policy = build_with_weights(lambda: get_policy_class(config.type)(config), folder / WEIGHTS_FILE)
     config.device = str(device)
@@ -260,7 +260,12 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     return PreTrainedConfig.from_pretrained(folder)
 
 
-def _override(config: PreTrainedConfig, n_action_steps: int | None, denoising_steps: int | None) -> None:
+def override_steps(config: PreTrainedConfig, n_action_steps: int | None, denoising_steps: int | None) -> None:
+    """Changes C and K of a configuration in place; None keeps the stored value.
+
+    Raises:
+        ValueError: If a value is out of range.
+    """
     if n_action_steps is not None:
         if not 1 <= n_action_steps <= config.chunk_size:
             raise ValueError(f"n_action_steps={n_action_steps} is outside 1 … chunk_size={config.chunk_size}.")

@@ -9,8 +9,6 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from pi_rl.flow.chain import Chain
-
 
 class PrefixSource[PrefixT](Protocol):
     """Anything that keeps one prefix per sample and gives batches of them."""
@@ -29,7 +27,8 @@ class Minibatch[PrefixT]:
     """M samples of a rollout.
 
     Attributes:
-        chain: ``x`` (M, K + 1, H, D) and ``step_index`` (M,) or None.
+        x: (M, K + 1, H, D) denoising chains.
+        step_index: (M,) stochastic steps, or None.
         log_prob: (M,) at rollout time.
         values: (M,) at rollout time.
         advantages: (M,).
@@ -37,7 +36,8 @@ class Minibatch[PrefixT]:
         prefix: The policy's inputs for these samples, as the prefix source gives them.
     """
 
-    chain: Chain
+    x: Tensor
+    step_index: Tensor | None
     log_prob: Tensor
     values: Tensor
     advantages: Tensor
@@ -111,7 +111,8 @@ class RolloutBuffer[PrefixT]:
             return tensor.index_select(0, indices.to(tensor.device)).to(device)
 
         return Minibatch(
-            chain=Chain(rows(self.x), None if self.step_index is None else rows(self.step_index)),
+            x=rows(self.x),
+            step_index=None if self.step_index is None else rows(self.step_index),
             log_prob=rows(self.log_prob),
             values=rows(self.values),
             advantages=rows(self.advantages),

@@ -96,7 +96,7 @@ def clipped_value_loss(
     return errors.mean(), {"value_clip_fraction": clip_fraction}
 
 
-def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
+def explained_variance(values: Tensor, returns: Tensor) -> float:
     """Share of the returns' variance that the values explain, ``1 - Var(R - V) / Var(R)``.
 
     Args:
@@ -104,17 +104,47 @@ def explained_variance(values: Tensor, returns: Tensor) -> Tensor:
         returns: (N,) targets.
 
     Returns:
-        () detached, in (-inf, 1]; 1 is perfect, 0 no better than a constant, NaN where all returns are equal.
+        At most 1: 1 is perfect, 0 no better than a constant (also where all returns are equal).
+
+    Raises:
+        ValueError: If shapes disagree or are empty.
+    """
+    return explained_variance_from_moments(explained_variance_moments(values, returns))
+
+
+def explained_variance_moments(values: Tensor, returns: Tensor) -> Tensor:
+    """What explained variance needs, as sums that add up over processes.
+
+    Args:
+        values: (N,) predictions.
+        returns: (N,) targets.
+
+    Returns:
+        (5,) float64: N, sum and sum of squares of the returns, and of returns minus values.
 
     Raises:
         ValueError: If shapes disagree or are empty.
     """
     _check_vectors(values=values, returns=returns)
-    values, returns = values.detach().double(), returns.detach().double()
-    variance = returns.var(correction=0)
-    unexplained = (returns - values).var(correction=0)
-    explained = 1.0 - unexplained / variance
-    return torch.where(variance > 0.0, explained, torch.full_like(explained, torch.nan)).float()
+    returns = returns.detach().double()
+    errors = returns - values.detach().double()
+    count = torch.tensor(float(len(returns)), dtype=torch.float64, device=returns.device)
+    return torch.stack([count, returns.sum(), returns.square().sum(), errors.sum(), errors.square().sum()])
+
+
+def explained_variance_from_moments(moments: Tensor) -> float:
+    """Explained variance of all samples behind the (summed) moments; 0 where all returns are equal.
+
+    Args:
+        moments: (5,) from :func:`explained_variance_moments`.
+    """
+    count, *sums = moments.tolist()
+    variance = sums[1] / count - (sums[0] / count) ** 2
+    unexplained = sums[3] / count - (sums[2] / count) ** 2
+    # a difference of float64 squares this small is rounding
+    if variance <= 1e-12 * max(1.0, sums[1] / count):
+        return 0.0
+    return 1.0 - unexplained / variance
 
 
 def _huber(errors: Tensor, delta: float | None) -> Tensor:

@@ -1,5 +1,6 @@
 """One rollout: the policy acts with noise in every environment for T chunks, and the buffer for PPO is filled."""
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,40 +18,47 @@ from pi_rl.rl.buffer import RolloutBuffer
 from pi_rl.rollout.policy_io import PolicyIO
 from pi_rl.rollout.randomness import TRAIN_STREAM, chunk_noise, training_state_ids
 
+logger = logging.getLogger(__name__)
+
 Progress = Callable[[int, int, str], None]
 
 
 @dataclass
 class RolloutStatistics:
-    """Sums over the episodes that ended in a rollout, so that several processes' figures simply add up.
+    """Sums over the episodes of a rollout, so that several processes' figures simply add up.
+
+    Success, length and return count the first episode of every environment only: of the later ones mostly those end
+    within the rollout that are short, that is successful.
 
     Attributes:
         tasks: Names, one per row of ``per_task``.
-        per_task: (tasks, 4) float64: episodes, successes, environment steps of those episodes, sum of their rewards.
-        env_steps: Simulated steps, including those of unfinished episodes.
+        per_task: (tasks, 4) float64: first episodes, their successes, environment steps and sum of rewards.
+        env_steps: Simulated steps of all episodes, finished or not.
+        episodes: Episodes that ended.
     """
 
     tasks: tuple[str, ...]
     per_task: np.ndarray
     env_steps: int = 0
+    episodes: int = 0
 
     def add_episode(self, task: int, success: bool, length: int, reward: float) -> None:
-        """Counts one finished episode of task ``task``, ``length`` environment steps long."""
+        """Counts an environment's first episode: of task ``task``, ``length`` environment steps long."""
         self.per_task[task] += (1.0, float(success), float(length), reward)
 
     def as_tensor(self) -> Tensor:
         """Everything in one float64 vector, for one reduction over processes."""
-        return torch.from_numpy(np.append(self.per_task.ravel(), float(self.env_steps)))
+        return torch.from_numpy(np.append(self.per_task.ravel(), [float(self.env_steps), float(self.episodes)]))
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
         """Rates from a (reduced) vector of :meth:`as_tensor`; a rate of no episodes is left out.
 
         Args:
-            sums: (4 * tasks + 1,) float64.
+            sums: (4 * tasks + 2,) float64.
         """
-        table = sums[:-1].reshape(len(self.tasks), 4).cpu().numpy()
+        table = sums[:-2].reshape(len(self.tasks), 4).cpu().numpy()
         total = table.sum(0)
-        metrics = {"rollout/episodes": float(total[0]), "rollout/env_steps": float(sums[-1])}
+        metrics = {"rollout/env_steps": float(sums[-2]), "rollout/episodes": float(sums[-1])}
         if total[0] > 0:
             metrics["rollout/success_rate"] = float(total[1] / total[0])
             metrics["rollout/episode_length"] = float(total[2] / total[0])
@@ -132,6 +140,20 @@ class RolloutCollector:
         self.env, self.model, self.io = env, model, io
         self.chunks, self.gamma, self.gae_lambda = chunks, gamma, gae_lambda
         self.seed, self.auto_reset = seed, auto_reset
+        tasks, covered = len(env.spec.tasks), chunks * io.n_action_steps
+        if env.num_envs % tasks:
+            lower = max(env.num_envs // tasks, 1) * tasks
+            raise ValueError(
+                f"{env.num_envs} environments per process cannot be shared equally by {tasks} tasks; use "
+                f"{lower} or {lower + tasks} per process."
+            )
+        if covered < env.spec.max_episode_steps:
+            needed = -(-env.spec.max_episode_steps // io.n_action_steps)
+            logger.warning(
+                f"A rollout of {chunks} chunks x {io.n_action_steps} steps = {covered} steps is shorter than an "
+                f"episode ({env.spec.max_episode_steps} steps): what lies beyond is never trained on, and the success "
+                f"rate of rollouts counts only what ended. Use rollout_chunks={needed} or more."
+            )
         self._prefixes = PrefixStore(prefix_storage, capacity=chunks * env.num_envs)
         self.env_index = rank * env.num_envs + np.arange(env.num_envs)
         self.task = self.env_index % len(env.spec.tasks)
@@ -223,7 +245,8 @@ class RolloutCollector:
             record.final_values[step, cut] = self._values(result.observation, cut)
         observation = result.observation
         done = np.flatnonzero(result.terminated | result.truncated)
-        for row in done:
+        self._statistics.episodes += len(done)
+        for row in done[self._episode[done] == 0]:
             self._statistics.add_episode(
                 self.task[row], bool(result.success[row]), self._length[row], self._return[row]
             )

@@ -91,6 +91,8 @@ def evaluate_policy(
     Returns:
         Success and length of the n episodes, in the order of ``reset_ids``.
     """
+    if len(reset_ids) == 0:
+        return EpisodeResults(env.spec.tasks, reset_ids, np.zeros(0, bool), np.zeros(0, np.int64))
     was_training = model.training
     model.eval()
     queue = _EpisodeQueue(reset_ids, env.num_envs)

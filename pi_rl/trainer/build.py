@@ -2,12 +2,13 @@
 
 from pathlib import Path
 
+import torch
 from lerobot.policies.pretrained import PreTrainedPolicy
-from lerobot.processor import PolicyProcessorPipeline
+from lerobot.processor import DeviceProcessorStep, PolicyProcessorPipeline
 
 from pi_rl.flow.noise_network import NoiseNetwork
 from pi_rl.policies.actor_critic import FlowActorCritic
-from pi_rl.policies.checkpoints import LoadedPolicy, load_policy
+from pi_rl.policies.checkpoints import LoadedPolicy, load_policy, override_steps
 from pi_rl.policies.critic import ValueHead
 from pi_rl.policies.pi import PiFlowPolicy
 from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
@@ -29,15 +30,26 @@ def load_model(
         ValueError: When a policy object comes without processors.
     """
     if isinstance(model, str | Path):
-        return load_policy(model, device=args.device, n_action_steps=args.n_action_steps)
+        return load_policy(
+            model, device=args.device, n_action_steps=args.n_action_steps, denoising_steps=args.denoising_steps
+        )
     if isinstance(model, LoadedPolicy):
-        return model
-    if processors is None:
+        loaded = model
+    elif processors is None:
         raise ValueError(
             "A policy object comes without its processors; pass processors=(preprocessor, postprocessor), or give the "
             "folder or Hub id of a checkpoint, which holds them."
         )
-    return LoadedPolicy(model, *processors, path=None)
+    else:
+        loaded = LoadedPolicy(model, *processors, path=None)
+    override_steps(loaded.policy.config, args.n_action_steps, args.denoising_steps)
+    for step in loaded.preprocessor.steps:
+        if isinstance(step, DeviceProcessorStep) and torch.device(step.device).type != args.device.type:
+            raise ValueError(
+                f"The policy's preprocessor puts its output on {step.device}, training runs on {args.device}; load "
+                f"the policy with load_policy(..., device={str(args.device)!r})."
+            )
+    return loaded
 
 
 def build_actor_critic(loaded: LoadedPolicy, args: FlowPPOConfig) -> FlowActorCritic:
@@ -48,10 +60,12 @@ def build_actor_critic(loaded: LoadedPolicy, args: FlowPPOConfig) -> FlowActorCr
         args: Sampler and head settings.
 
     Returns:
-        The module that is trained, in float32 outside the frozen VLM.
+        The module that is trained; what is trained is in float32.
     """
     policy = PiFlowPolicy(loaded.policy)
     policy.freeze_vlm()
+    for parameter in policy.trainable_parameters():
+        parameter.data = parameter.data.float()  # bfloat16 weights would round small updates away
     value_head = ValueHead(policy, args.critic_hidden_sizes)
     noise_network = None
     if args.noise == "flow_noise":

@@ -9,25 +9,22 @@ from pi_rl.progress import Progress, say
 
 
 class IterationReport(TrainerCallback):
-    """Prints one line per PPO iteration and evaluation on the main process, and shows progress within."""
+    """Prints one line per PPO iteration and evaluation, and shows progress within.
 
-    def __init__(self) -> None:
+    Args:
+        main: Whether this process prints.
+    """
+
+    def __init__(self, *, main: bool) -> None:
         self._bars: dict[str, Progress] = {}
         self._started = time.monotonic()
         self._first_iteration: float | None = None
-        self._main = True
-
-    def on_init_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Learns which process prints."""
-        self._main = state.is_world_process_zero
+        self._main = main
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Starts the clock of the estimated time."""
-        self._main = state.is_world_process_zero
         self._first_iteration = None
 
     def on_log(

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import TrainingArguments
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from pi_rl.flow.chain import FlowSampler
 
@@ -23,8 +24,7 @@ class FlowPPOConfig(TrainingArguments):
     One Hugging Face epoch is one PPO iteration: a rollout of ``num_envs x rollout_chunks`` samples and
     ``update_epochs`` passes over them in minibatches of ``per_device_train_batch_size x gradient_accumulation_steps x
     processes`` samples. ``num_iterations`` replaces ``num_train_epochs``. Every field documents itself in
-    ``metadata["help"]``; ``--help`` of the recipes prints them by topic. Settings of the paper (arXiv 2510.25889,
-    Tables 7 and 8) are in ``recipes/configs``.
+    ``metadata["help"]``; ``--help`` of the recipes prints them by topic.
 
     Raises:
         ValueError: At construction, when values are out of range or the batch arithmetic does not come out even; the
@@ -42,7 +42,7 @@ class FlowPPOConfig(TrainingArguments):
     noise_level: float = _option(0.5, FLOW, "a of flow_sde (above 0) and flow_cps (between 0 and 1)")
     noise_std_min: float = _option(0.08, FLOW, "smallest standard deviation of flow_noise, in normalised action units")
     noise_std_max: float = _option(0.16, FLOW, "largest standard deviation of flow_noise")
-    ignore_last: bool = _option(False, FLOW, "hybrid: never draw the last denoising step")
+    ignore_last: bool = _option(False, FLOW, "the last denoising step is never stochastic")
     noise_scope: str = _option(
         "scored",
         FLOW,
@@ -86,9 +86,11 @@ class FlowPPOConfig(TrainingArguments):
     eval_episodes: int = _option(200, EVAL, "fixed initial states per evaluation; 0 switches evaluation off")
     eval_every_iterations: int | None = _option(None, EVAL, "evaluate every N iterations; default: never within a run")
     eval_seed: int = _option(0, EVAL, "seed of the flow's initial noise in evaluation")
+    output_dir: str = _option("trainer_output", EVAL, "folder of checkpoints, results and the trained policy")
+    save_strategy: str = _option("no", EVAL, "checkpoints: no, steps or epoch; easier: save_every_iterations")
     save_every_iterations: int | None = _option(None, EVAL, "checkpoint every N iterations; default: never")
     dry_run: bool = _option(
-        False, EVAL, "print the batch arithmetic, run one chunk, one update and one save, then stop"
+        False, EVAL, "print the run's batch arithmetic, run one chunk, one update and one save, then stop"
     )
 
     learning_rate: float = _option(1e-5, PPO, "learning rate of action expert and noise network")
@@ -111,11 +113,6 @@ class FlowPPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_ranges()
-        if self.dry_run:
-            self.num_iterations, self.rollout_chunks, self.update_epochs = 1, 1, 1
-            self.eval_episodes, self.eval_every_iterations, self.save_every_iterations = 0, None, None
-            self.gradient_accumulation_steps = 1
-            self.per_device_train_batch_size = max(1, self.num_envs // self._world_size_hint())
         if self.eval_episodes == 0:
             self.eval_on_start, self.eval_every_iterations = False, None
         self.num_train_epochs = self.num_iterations
@@ -124,6 +121,19 @@ class FlowPPOConfig(TrainingArguments):
         self.sampler()
         self._check_batches()
         self._check_strategies()
+        self.arithmetic = self.batch_arithmetic()
+        if self.dry_run:
+            self._shrink()
+
+    def _shrink(self) -> None:
+        """One chunk, one update, one save by the caller; ``arithmetic`` still describes the full run."""
+        self.output_dir = f"{str(self.output_dir).rstrip('/')}-dry-run"
+        self.num_iterations = self.num_train_epochs = self.rollout_chunks = self.update_epochs = 1
+        self.gradient_accumulation_steps, self.max_steps = 1, -1
+        self.per_device_train_batch_size = self.num_envs // self.world_size
+        self.eval_episodes, self.eval_on_start = 0, False
+        self.eval_strategy, self.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
+        self.logging_steps = 1
 
     def sampler(self) -> FlowSampler:
         """The training sampler these options describe."""
@@ -190,9 +200,22 @@ class FlowPPOConfig(TrainingArguments):
             ("noise_std_max", self.noise_std_max > self.noise_std_min, f"above noise_std_min={self.noise_std_min}"),
             ("eval_episodes", self.eval_episodes >= 0, "0 or more"),
             ("prefix_storage", self.prefix_storage in ("device", "host"), "device or host"),
+            ("gradient_checkpointing", not self.gradient_checkpointing, "false (the frozen prefix is cached instead)"),
+            ("push_to_hub", not self.push_to_hub, "false; upload the saved policy folder with `hf upload`"),
+            (
+                "num_train_epochs",
+                self.num_train_epochs in (3.0, self.num_iterations),
+                "left out: set num_iterations, one epoch is one iteration",
+            ),
+            (
+                "eval_strategy",
+                self.eval_episodes > 0 or self.eval_strategy in ("no", IntervalStrategy.NO),
+                "no when eval_episodes is 0",
+            ),
             ("logging_nan_inf_filter", not self.logging_nan_inf_filter, "false (it would show a NaN loss as 0)"),
         ]
-        for name in ("value_clip_range", "target_kl", "n_action_steps", "eval_every_iterations", "env_workers"):
+        optional = ("value_clip_range", "target_kl", "n_action_steps", "env_workers")
+        for name in (*optional, "eval_every_iterations", "save_every_iterations"):
             value = getattr(self, name)
             rules.append((name, value is None or value > 0, "above 0, or left out"))
         for name, fine, allowed in rules:
@@ -200,15 +223,19 @@ class FlowPPOConfig(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}.")
 
     def _iterations_to_steps(self) -> None:
-        """Translates 'every N iterations' into optimiser steps, the Trainer's unit."""
+        """Translates iterations into optimiser steps, the Trainer's unit.
+
+        Also for logging once per iteration: the Trainer then logs, evaluates and saves in this order and in one place,
+        so that a checkpoint holds its own iteration's log.
+        """
         minibatch = self.per_device_train_batch_size * self.gradient_accumulation_steps * self._world_size_hint()
         updates = max(1, self.update_epochs * (self.samples_per_iteration // max(1, minibatch)))
+        if self.logging_strategy == "epoch":
+            self.logging_strategy, self.logging_steps = "steps", updates
         if self.eval_every_iterations is not None:
             self.eval_strategy, self.eval_steps = "steps", updates * self.eval_every_iterations
         if self.save_every_iterations is not None:
             self.save_strategy, self.save_steps = "steps", updates * self.save_every_iterations
-        elif self.save_strategy == "steps":
-            self.save_strategy = "no"
 
     def _check_batches(self) -> None:
         if self.num_envs % self.world_size:

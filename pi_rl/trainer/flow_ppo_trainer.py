@@ -20,6 +20,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from pi_rl.envs.registry import make_env
 from pi_rl.envs.vector_env import VectorEnv
+from pi_rl.flow.chain import Chain
 from pi_rl.policies.actor_critic import FlowActorCritic
 from pi_rl.policies.checkpoints import (
     LoadedPolicy,
@@ -31,7 +32,12 @@ from pi_rl.policies.checkpoints import (
 from pi_rl.policies.flow_policy import check_compatibility
 from pi_rl.rl.advantages import normalize_advantages
 from pi_rl.rl.buffer import Minibatch, RolloutBuffer, minibatch_permutations
-from pi_rl.rl.losses import clipped_surrogate, clipped_value_loss, explained_variance
+from pi_rl.rl.losses import (
+    clipped_surrogate,
+    clipped_value_loss,
+    explained_variance_from_moments,
+    explained_variance_moments,
+)
 from pi_rl.rollout.collector import Rollout, RolloutCollector
 from pi_rl.rollout.evaluator import EpisodeResults, evaluate_policy, evaluation_ids
 from pi_rl.rollout.policy_io import PolicyIO
@@ -113,7 +119,7 @@ class FlowPPOTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         for default in (PrinterCallback, ProgressCallback):
             self.remove_callback(default)
-        self.report = IterationReport()
+        self.report = IterationReport(main=args.process_index == 0)
         self.add_callback(self.report)
         self.env = self._make_env(env, dict(env_kwargs or {}))
         try:
@@ -139,6 +145,8 @@ class FlowPPOTrainer(Trainer):
     def _connect(self, loaded: LoadedPolicy) -> None:
         policy = self.actor_critic.policy
         check_compatibility(policy, self.env.spec)
+        if self.args.eval_episodes:
+            evaluation_ids(len(self.env.spec.tasks), self.args.eval_episodes)
         self.io = PolicyIO(loaded.preprocessor, loaded.postprocessor, self.env.spec, policy.n_action_steps)
         self.collector = RolloutCollector(
             self.env,
@@ -193,7 +201,9 @@ class FlowPPOTrainer(Trainer):
         if self._skip_updates:
             # no backward pass: gradients stay None and the optimiser step changes nothing
             return torch.zeros((), device=self.args.device)
-        return super().training_step(model, inputs, num_items_in_batch)
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self._clock["time/update"] = time.perf_counter() - self._update_started
+        return loss
 
     def _begin_iteration(self) -> None:
         started = time.perf_counter()
@@ -211,11 +221,9 @@ class FlowPPOTrainer(Trainer):
         def reduce(values: Tensor) -> Tensor:
             return all_reduce(self.accelerator, values, "sum")
 
-        explained = explained_variance(buffer.values, buffer.returns).nan_to_num(
-            0.0
-        )  # all returns equal: nothing explained
-        self.metrics.add({"ppo/explained_variance": explained}, len(buffer))
-        self.metrics.add({"ppo/advantage_std": buffer.advantages.std()}, len(buffer))
+        self._explained_variance = explained_variance_from_moments(
+            reduce(explained_variance_moments(buffer.values, buffer.returns))
+        )
         buffer.advantages = normalize_advantages(buffer.advantages, reduce=reduce)
         passes = args.num_minibatches * args.gradient_accumulation_steps
         if len(buffer) < passes:
@@ -260,7 +268,7 @@ class FlowPPOTrainer(Trainer):
         minibatch, also when micro-batches or processes hold different numbers of samples.
         """
         args, batch = self.args, inputs["batch"]
-        score, values = model("score", prefix=batch.prefix, chain=batch.chain)
+        score, values = model("score", prefix=batch.prefix, chain=Chain(batch.x, batch.step_index))
         policy_loss, diagnostics = clipped_surrogate(score.log_prob, batch.log_prob, batch.advantages, args.clip_range)
         value_loss, value_diagnostics = clipped_value_loss(
             values, batch.values, batch.returns, clip_range=args.value_clip_range, huber_delta=args.huber_delta
@@ -360,7 +368,8 @@ class FlowPPOTrainer(Trainer):
         """One deterministic episode from each fixed initial state, in their order, gathered from all processes."""
         tasks = self.env.spec.tasks
         ids = evaluation_ids(len(tasks), self.args.eval_episodes)
-        mine = np.arange(self.args.process_index, len(ids), self.args.world_size)
+        # blocks, not strides: tasks alternate in `ids`, and every process should have episodes of each
+        mine = np.array_split(np.arange(len(ids)), self.args.world_size)[self.args.process_index]
         local = evaluate_policy(
             self.actor_critic,
             self.env,
@@ -379,10 +388,10 @@ class FlowPPOTrainer(Trainer):
         """Adds the iteration's reduced metrics, episode statistics and phase times to a training log."""
         if "loss" in logs:
             logs.update(self.metrics.drain(self.accelerator))
+            logs["ppo/explained_variance"] = self._explained_variance
             logs.update(self._episode_metrics)
             logs["env_steps"], logs["episodes"] = float(self.env_steps), float(self.episodes)
             logs["iteration"] = float(self.iteration)
-            self._clock["time/update"] = time.perf_counter() - self._update_started
             logs.update(self._clock)
         super().log(logs, start_time)
 
@@ -452,10 +461,29 @@ class FlowPPOTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Weights, heads and counters of a checkpoint; refuses missing or mismatched tensors."""
         folder = Path(resume_from_checkpoint)
+        state = self._checked_state(folder)
         load_policy_weights(self._loaded.policy, folder)
         load_heads(folder, self.actor_critic)
-        state = json.loads((folder / RL_STATE_NAME).read_text())
         self.env_steps, self.episodes = state["env_steps"], state["episodes"]
+
+    def _checked_state(self, folder: Path) -> dict[str, int]:
+        """Counters of a checkpoint, if its iterations are as long as this run's."""
+        files = [folder / RL_STATE_NAME, folder / "trainer_state.json"]
+        missing = [file.name for file in files if not file.is_file()]
+        if missing:
+            raise ValueError(
+                f"{folder} is no checkpoint of a training run ({', '.join(missing)} missing); give a checkpoint-N "
+                "folder, or start RL from it with model=."
+            )
+        state, trainer_state = (json.loads(file.read_text()) for file in files)
+        updates = self.args.updates_per_iteration
+        if state["iteration"] * updates != trainer_state["global_step"]:
+            raise ValueError(
+                f"{folder} was written after {state['iteration']} iterations and {trainer_state['global_step']} "
+                f"optimiser steps; this run has {updates} optimiser steps per iteration. Resume with the settings "
+                "of that run."
+            )
+        return state
 
     def _load_best_model(self) -> None:
         best = self.state.best_model_checkpoint

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from pi_rl.rl.losses import clipped_surrogate, clipped_value_loss, explained_variance
+from pi_rl.rl.losses import (
+    clipped_surrogate,
+    clipped_value_loss,
+    explained_variance,
+    explained_variance_from_moments,
+    explained_variance_moments,
+)
 
 
 def tensor(*numbers: float) -> torch.Tensor:
@@ -100,12 +106,21 @@ def test_value_loss_without_clip_or_huber_is_half_the_squared_error() -> None:
 
 def test_explained_variance() -> None:
     returns = torch.randn(100, generator=torch.Generator().manual_seed(0))
-    assert explained_variance(returns, returns).item() == 1
-    assert explained_variance(returns + 5, returns).item() == pytest.approx(1, abs=1e-5)
-    assert explained_variance(torch.zeros(100), returns).item() == pytest.approx(0, abs=1e-6)
-    assert explained_variance(-returns, returns).item() == pytest.approx(-3, rel=1e-5)
-    assert explained_variance(0.5 * returns, returns).item() == pytest.approx(0.75, rel=1e-5)
-    assert explained_variance(returns, torch.ones(100)).isnan()
+    assert explained_variance(returns, returns) == 1
+    assert explained_variance(returns + 5, returns) == pytest.approx(1, abs=1e-5)
+    assert explained_variance(torch.zeros(100), returns) == pytest.approx(0, abs=1e-6)
+    assert explained_variance(-returns, returns) == pytest.approx(-3, rel=1e-5)
+    assert explained_variance(0.5 * returns, returns) == pytest.approx(0.75, rel=1e-5)
+    assert explained_variance(returns, torch.ones(100)) == 0
+
+
+def test_explained_variance_of_two_processes_is_that_of_all_samples() -> None:
+    generator = torch.Generator().manual_seed(0)
+    returns = torch.cat([torch.randn(30, generator=generator), 3 + torch.randn(70, generator=generator)])
+    values = returns + torch.randn(100, generator=generator)
+    parts = [explained_variance_moments(values[rows], returns[rows]) for rows in (slice(0, 30), slice(30, 100))]
+    expected = 1 - (returns - values).var(correction=0) / returns.var(correction=0)
+    assert explained_variance_from_moments(parts[0] + parts[1]) == pytest.approx(expected.item(), abs=1e-5)
 
 
 def test_losses_reject() -> None:

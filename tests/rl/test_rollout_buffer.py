@@ -39,10 +39,10 @@ def test_minibatch_takes_the_same_rows_of_every_field() -> None:
     indices = torch.tensor([7, 0, 3])
     batch = make_buffer().minibatch(indices, device="cpu")
     assert len(batch) == 3
-    assert batch.chain.x.shape == (3, K + 1, H, D)
-    assert batch.chain.x[:, 0, 0, 0].tolist() == [7, 0, 3]
-    assert batch.chain.step_index is not None
-    assert batch.chain.step_index.tolist() == [3, 0, 3]
+    assert batch.x.shape == (3, K + 1, H, D)
+    assert batch.x[:, 0, 0, 0].tolist() == [7, 0, 3]
+    assert batch.step_index is not None
+    assert batch.step_index.tolist() == [3, 0, 3]
     assert batch.log_prob.tolist() == [107, 100, 103]
     assert batch.values.tolist() == [207, 200, 203]
     assert batch.advantages.tolist() == [307, 300, 303]
@@ -53,8 +53,8 @@ def test_minibatch_takes_the_same_rows_of_every_field() -> None:
 def test_minibatch_is_a_copy_and_step_index_is_optional() -> None:
     buffer = make_buffer(step_index=None)
     batch = buffer.minibatch(torch.tensor([1, 2]))
-    assert batch.chain.step_index is None
-    batch.chain.x.zero_()
+    assert batch.step_index is None
+    batch.x.zero_()
     assert buffer.x[1, 0, 0, 0] == 1
     assert len(buffer) == N
 

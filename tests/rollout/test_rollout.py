@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from pi_rl.rl.advantages import gae
+from pi_rl.flow.chain import Chain
 from pi_rl.rollout.collector import RolloutCollector
 from pi_rl.rollout.evaluator import evaluate_policy, evaluation_ids, record_episode
 from pi_rl.rollout.policy_io import PolicyIO
@@ -39,7 +39,7 @@ def test_the_rollout_scores_to_a_ratio_of_one_and_repeats(actor_critic, small_po
     assert len(buffer) == 4 * 6
     batch = buffer.minibatch(torch.randperm(len(buffer)))
     actor_critic.train()
-    score, values = actor_critic("score", prefix=batch.prefix, chain=batch.chain)
+    score, values = actor_critic("score", prefix=batch.prefix, chain=Chain(batch.x, batch.step_index))
     torch.testing.assert_close((score.log_prob - batch.log_prob).exp(), torch.ones(24), rtol=0, atol=1e-4)
     torch.testing.assert_close(values, batch.values, rtol=0, atol=1e-5)
     again = collector(actor_critic, loaded, env).collect(0)
@@ -57,15 +57,35 @@ def test_episodes_are_counted_and_truncation_bootstraps(actor_critic, small_poli
     assert table[:, 0].sum() == 4
     assert table[:, 2].sum() == 4 * LIMIT
     assert rollout.statistics.env_steps == 4 * (LIMIT + 5)
-    # without any reward every return is a discounted bootstrap value: returns follow the values, not zero
-    values, returns = rollout.buffer.values.view(6, 4), rollout.buffer.returns.view(6, 4)
-    next_values = torch.cat([values[1:], values[-1:]])
-    done = torch.zeros(6, 4, dtype=torch.bool)
-    done[4] = True
-    never = torch.zeros_like(done)
-    _, with_next = gae(torch.zeros(6, 4), values, next_values, never, done, gamma=0.99, gae_lambda=0.95)
-    cut = ~torch.isclose(with_next[4], returns[4], atol=1e-6)
-    assert cut.any(), "the final observation's value must be used at the time limit, not the next episode's"
+    assert rollout.statistics.episodes == 4
+
+
+def test_truncation_bootstraps_from_the_final_observation(actor_critic, small_policy, metaworld_env):
+    """With a critic that says c everywhere and no reward, a truncated chunk's return is γc; termination gives 0."""
+    head = actor_critic.value_head.layers[-1]
+    torch.nn.init.zeros_(head.weight)
+    torch.nn.init.constant_(head.bias, 0.7)
+    env = metaworld_env(max_episode_steps=LIMIT)
+    rollout = collector(actor_critic, small_policy(), env, chunks=6).collect(0)
+    assert not rollout.statistics.per_task[:, 1].any()
+    returns = rollout.buffer.returns.view(6, 4)
+    torch.testing.assert_close(returns[4], torch.full((4,), 0.99 * 0.7), rtol=0, atol=1e-6)
+    torch.testing.assert_close(returns[5], torch.full((4,), 0.99 * 0.7), rtol=0, atol=1e-6)
+
+
+def test_success_counts_only_first_episodes(actor_critic, small_policy, metaworld_env):
+    """Later episodes end within a rollout mostly when they are short, so counting them would favour successes."""
+    env = metaworld_env(max_episode_steps=10)
+    rollout = collector(actor_critic, small_policy(), env, chunks=6).collect(0)
+    assert rollout.statistics.episodes == 12
+    assert rollout.statistics.per_task[:, 0].sum() == 4
+    assert rollout.statistics.env_steps == 4 * 6 * 5
+
+
+def test_tasks_must_share_the_environments_equally(actor_critic, small_policy, metaworld_env):
+    env = metaworld_env("metaworld:handle-press-v3,button-press-topdown-v3", num_envs=3)
+    with pytest.raises(ValueError, match="use 2 or 4"):
+        collector(actor_critic, small_policy(), env)
 
 
 def test_without_auto_reset_an_environment_runs_one_episode(actor_critic, small_policy, metaworld_env):

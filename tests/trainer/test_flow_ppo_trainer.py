@@ -91,11 +91,39 @@ def test_resume_is_bitwise_equal_to_never_having_stopped(train, tmp_path):
     assert resumed.env_steps == straight.env_steps
     for name, value in parameters(straight).items():
         assert torch.equal(parameters(resumed)[name], value), name
-    last = [entry for entry in straight.state.log_history if "loss" in entry][-1]
-    again = [entry for entry in resumed.state.log_history if "loss" in entry][-1]
-    for name, value in last.items():
-        if not name.startswith("time/"):
-            assert again[name] == value, name
+    histories = [
+        [{k: v for k, v in entry.items() if not k.startswith("time/")} for entry in log if "loss" in entry]
+        for log in (straight.state.log_history, resumed.state.log_history)
+    ]
+    assert histories[0] == histories[1]
+
+
+def test_resume_with_other_batch_arithmetic_is_refused(train, tmp_path):
+    folder = tmp_path / "run"
+    train(num_iterations=1, save_every_iterations=1)
+    with pytest.raises(ValueError, match="8 optimiser steps per iteration"):
+        train(resume=str(folder / "checkpoint-4"), per_device_train_batch_size=4)
+
+
+def test_a_bfloat16_policy_trains_in_float32(small_policy_folders, metaworld_env, tmp_path):
+    from pi_rl import load_policy
+
+    loaded = load_policy(small_policy_folders["pi0"])
+    loaded.policy.to(torch.bfloat16)
+    loaded.policy.config.dtype = "bfloat16"
+    trainer = FlowPPOTrainer(loaded, config(tmp_path), metaworld_env(max_episode_steps=15))
+    trained = [p.dtype for p in trainer.actor_critic.parameters() if p.requires_grad]
+    assert set(trained) == {torch.float32}
+    assert torch.bfloat16 in {p.dtype for p in trainer.actor_critic.parameters()}
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert max(entry["ppo/ratio_error_first"] for entry in history) < 1e-3
+
+
+def test_the_denoising_steps_of_training_are_saved(train, tmp_path):
+    trainer = train(denoising_steps=3, num_iterations=1)
+    trainer.save_model(str(tmp_path / "policy"))
+    assert json.loads((tmp_path / "policy" / "config.json").read_text())["num_inference_steps"] == 3
 
 
 def test_a_checkpoint_is_a_lerobot_policy_and_leaves_nothing_half_written(train, tmp_path):
@@ -197,6 +225,10 @@ def test_trackio_and_wandb_keep_local_records(train, tmp_path, monkeypatch):
         ({"noise_std_max": 0.1}, "noise_std_min=0.4"),
         ({"eval_strategy": "steps", "eval_steps": 3}, "multiple of 4"),
         ({"logging_nan_inf_filter": True}, "NaN"),
+        ({"gradient_checkpointing": True}, "gradient_checkpointing"),
+        ({"num_train_epochs": 7}, "num_iterations"),
+        ({"save_every_iterations": 0}, "save_every_iterations=0"),
+        ({"eval_episodes": 0, "eval_strategy": "epoch"}, "eval_strategy"),
     ],
 )
 def test_bad_settings_are_refused_with_what_is_allowed(tmp_path, overrides, message):
