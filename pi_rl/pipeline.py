@@ -208,8 +208,8 @@ def run_recipe(
         spec = check_name_and_options(recipe.env, run.env_options)
         if recipe.model is None and (ppo.n_action_steps or 1) > recipe.chunk_size:
             raise ValueError(
-                f"n_action_steps={ppo.n_action_steps} is more than the chunk_size={recipe.chunk_size} actions that the "
-                "policy predicts; lower the one or raise the other."
+                f"n_action_steps={ppo.n_action_steps} is more than the chunk_size={recipe.chunk_size} actions that "
+                "the policy predicts; lower the one or raise the other."
             )
         if ppo.eval_episodes:
             evaluation_ids(len(spec.tasks), ppo.eval_episodes)

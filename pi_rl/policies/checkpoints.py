@@ -4,7 +4,7 @@ config.json                      LeRobot configuration with "type"
 model.safetensors                all weights, keys "model.*"
 policy_preprocessor.json, policy_postprocessor.json and their *.safetensors
 tokenizer.json, tokenizer_config.json, …     only when the policy carries its own tokenizer
-critic.safetensors, noise_network.safetensors     only in training checkpoints
+critic.safetensors, noise_network.safetensors     for continued RL; LeRobot ignores them
 """
 
 import copy

@@ -1,6 +1,6 @@
 """Keeps prefixes from rollout to update, so that the frozen VLM runs once per observation.
 
-Recomputing the prefix is 91 to 99.6 % of an update's FLOPs at the published sizes (see `docs`), and one observation's
+Recomputing the prefix is 91 to 99.6 % of an update's FLOPs at the published sizes, and one observation's
 keys and values are about 18 kB per token in bfloat16.
 """
 

@@ -7,33 +7,40 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
-import hashlib, json, sys
+import hashlib, json, os, sys
 import torch
+from safetensors.torch import save_file
 torch.set_num_threads(1)
 from pi_rl import FlowPPOConfig, FlowPPOTrainer, make_env
 
 policy, out = sys.argv[1:]
-args = FlowPPOConfig(output_dir=out, use_cpu=True, num_iterations=2, num_envs=4, rollout_chunks=4, update_epochs=2,
-                     per_device_train_batch_size=4, noise_std_min=0.4, noise_std_max=1.0, critic_hidden_sizes=[16],
-                     learning_rate=1e-3, eval_episodes=4, save_every_iterations=2, disable_tqdm=True)
+# one minibatch of all 16 samples: its gradient does not depend on how processes share and shuffle them
+args = FlowPPOConfig(output_dir=out, use_cpu=True, num_iterations=1, num_envs=4, rollout_chunks=4, update_epochs=3,
+                     per_device_train_batch_size=16 // int(os.environ.get("WORLD_SIZE", "1")), noise_std_min=0.4,
+                     noise_std_max=1.0, critic_hidden_sizes=[16], learning_rate=1e-4, lr_scheduler_type="constant",
+                     eval_episodes=4, save_every_iterations=1, disable_tqdm=True)
 env = make_env("metaworld:handle-press-v3", 4 // args.world_size, 1, image_size=32, max_episode_steps=15,
                fast_rendering=True, hide_arm=True)
 with env:
     trainer = FlowPPOTrainer(policy, args, env)
+    first = trainer.collector.collect(0).buffer
+    drawn = first.x[:, -1].unflatten(0, (4, -1))[:, :, 0].transpose(0, 1)  # (envs, chunks, actions)
     trainer.train()
-    digest = hashlib.sha256()
-    for name, value in sorted(trainer.actor_critic.state_dict().items()):
-        digest.update(value.numpy().tobytes())
-    rollout = trainer._rollout.buffer.x
-    noise = trainer.collector.collect(0).buffer.x[:, 0].view(4, -1, 5, 4)[0, :, 0, 0].tolist()
-    record = {"parameters": digest.hexdigest(), "rollout": hashlib.sha256(rollout.numpy().tobytes()).hexdigest(),
-              "samples": len(rollout), "first_values": noise, "env_steps": trainer.env_steps,
-              "eval": trainer.last_evaluation.length.tolist(), "steps": trainer.state.global_step,
-              "loss": [entry["ppo/policy_loss"] for entry in trainer.state.log_history if "loss" in entry]}
+    trainer.evaluate()
+    state = {name: value.contiguous() for name, value in trainer.actor_critic.state_dict().items()}
+    digest = hashlib.sha256(b"".join(value.numpy().tobytes() for _, value in sorted(state.items())))
+    record = {"parameters": digest.hexdigest(), "samples": len(first), "actions": drawn.tolist(),
+              "env_steps": trainer.env_steps, "steps": trainer.state.global_step,
+              "lengths": trainer.last_evaluation.length.tolist(),
+              "history": [{k: v for k, v in entry.items() if k.startswith(("ppo/", "rollout/"))}
+                          for entry in trainer.state.log_history if "loss" in entry]}
     open(f"{out}/rank{args.process_index}.json", "w").write(json.dumps(record))
+    save_file(state, f"{out}/rank{args.process_index}.safetensors")
 """
 
 
@@ -50,11 +57,15 @@ def launch(processes: int, script: Path, policy: Path, out: Path) -> list[dict]:
 
 
 @pytest.fixture(scope="module")
-def runs(small_pi0_folder, tmp_path_factory):
-    root = tmp_path_factory.mktemp("processes")
-    script = root / "train.py"
+def run_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("processes")
+
+
+@pytest.fixture(scope="module")
+def runs(small_pi0_folder, run_folder):
+    script = run_folder / "train.py"
     script.write_text(SCRIPT)
-    return {processes: launch(processes, script, small_pi0_folder, root / str(processes)) for processes in (1, 2)}
+    return {count: launch(count, script, small_pi0_folder, run_folder / str(count)) for count in (1, 2)}
 
 
 def test_both_ranks_end_with_identical_parameters(runs):
@@ -63,15 +74,27 @@ def test_both_ranks_end_with_identical_parameters(runs):
 
 
 def test_the_environments_are_shared_out(runs):
-    first, second = runs[2]
-    assert first["samples"] == second["samples"] == 8
-    assert first["rollout"] != second["rollout"]
-    assert first["env_steps"] == second["env_steps"] == runs[1][0]["env_steps"]
+    """Environments are numbered over all processes: two processes act as one does, each for its half."""
+    alone, (first, second) = runs[1][0], runs[2]
+    assert first["samples"] == second["samples"] == alone["samples"] // 2 == 8
+    assert first["env_steps"] == second["env_steps"] == alone["env_steps"]
+    torch.testing.assert_close(
+        torch.tensor(first["actions"] + second["actions"]), torch.tensor(alone["actions"]), rtol=0, atol=1e-4
+    )
 
 
-def test_two_processes_collect_and_evaluate_what_one_does(runs):
-    """Environments are numbered over all processes, so the episodes are the same ones, up to batched rounding."""
-    alone, first = runs[1][0], runs[2][0]
-    assert alone["steps"] == 2 * first["steps"]  # twice the minibatch with two processes
-    assert alone["first_values"] == pytest.approx(first["first_values"] + runs[2][1]["first_values"], abs=1e-4)
-    assert len(alone["eval"]) == len(first["eval"]) == 4
+def test_two_processes_learn_what_one_learns(runs, run_folder):
+    one, two = (load_file(run_folder / str(processes) / "rank0.safetensors") for processes in (1, 2))
+    for name, value in one.items():
+        torch.testing.assert_close(
+            two[name], value, rtol=1e-3, atol=2e-5, msg=lambda text, name=name: f"{name}: {text}"
+        )
+    assert runs[1][0]["steps"] == runs[2][0]["steps"] == 3
+    for name, value in runs[1][0]["history"][0].items():
+        assert runs[2][0]["history"][0][name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
+
+
+def test_evaluation_covers_every_state_once_over_the_processes(runs):
+    assert runs[2][0]["lengths"] == runs[2][1]["lengths"]
+    assert len(runs[2][0]["lengths"]) == 4
+    assert all(0 < length <= 15 for length in runs[2][0]["lengths"])
