@@ -8,6 +8,7 @@ Nothing heavy is imported here; what the dataclasses themselves import decides h
 """
 
 import argparse
+import copy
 import dataclasses
 import difflib
 import os
@@ -54,6 +55,14 @@ class _Option:
         if self.field.default_factory is not dataclasses.MISSING:
             return self.field.default_factory()
         return self.field.default
+
+
+def option(default: Any, group: str, text: str) -> Any:
+    """A dataclass field of a recipe: its default, the topic it stands under in ``--help``, and its help text."""
+    metadata = {"group": group, "help": text}
+    if isinstance(default, dict | list):
+        return dataclasses.field(default_factory=lambda: copy.copy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 def parse_recipe_arguments(

@@ -14,8 +14,7 @@ from typing import Any
 import numpy as np
 
 from pi_rl.envs.vector_env import STATE_KEY, TRAIN_STATE_OFFSET, EnvSpec, ExpertEpisode, ExpertRequest, VectorEnv
-
-Progress = Callable[[int, int, str], None]
+from pi_rl.progress import ProgressFn
 
 ACTION_KEY = "action"
 _STATE_RANGE = 2**31
@@ -69,7 +68,7 @@ def collect_demonstrations(
     min_length: int = 2,
     max_steps: int | None = None,
     max_tries: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
 ) -> DemonstrationSummary:
     """Writes a LeRobotDataset of successful scripted episodes with camera images.
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from pi_rl.__about__ import package_versions
-from pi_rl.arguments import dump_config, parse_recipe_arguments
+from pi_rl.arguments import dump_config, option, parse_recipe_arguments
 from pi_rl.progress import Progress, say
 
 if TYPE_CHECKING:
@@ -32,43 +32,37 @@ DATASET_ID = "local/demonstrations"
 MODEL, ENVIRONMENT, DEMOS, SFT = "Policy", "Environment", "Demonstrations", "Supervised fine-tuning"
 
 
-def _option(default: Any, group: str, text: str) -> Any:
-    if isinstance(default, dict):
-        return field(default_factory=lambda: dict(default), metadata={"group": group, "help": text})
-    return field(default=default, metadata={"group": group, "help": text})
-
-
 @dataclass
 class RecipeArguments:
     """What a recipe needs beside the PPO configuration; ``--help`` prints every field's text."""
 
-    model: str | None = _option(
+    model: str | None = option(
         None,
         MODEL,
         "Hub id or folder of the policy RL starts from; default: a small one, demonstrated and fine-tuned here",
     )
-    model_license: str = _option("other", MODEL, "licence of that policy's weights, for the model card, e.g. gemma")
-    small_model: str = _option("pi0", MODEL, "class of the small policy: pi0 or pi05")
-    small_model_sizes: dict[str, Any] = _option({}, MODEL, "sizes of the small policy, e.g. {vlm_width: 64, depth: 2}")
-    image_resolution: int = _option(64, MODEL, "side of the small policy's image input in pixels")
-    chunk_size: int = _option(5, MODEL, "H, actions that the small policy predicts at once")
+    model_license: str = option("other", MODEL, "licence of that policy's weights, for the model card, e.g. gemma")
+    small_model: str = option("pi0", MODEL, "class of the small policy: pi0 or pi05")
+    small_model_sizes: dict[str, Any] = option({}, MODEL, "sizes of the small policy, e.g. {vlm_width: 64, depth: 2}")
+    image_resolution: int = option(64, MODEL, "side of the small policy's image input in pixels")
+    chunk_size: int = option(5, MODEL, "H, actions that the small policy predicts at once")
 
-    env: str = _option("metaworld:handle-press-v3", ENVIRONMENT, "environment, e.g. metaworld:task[,task…]")
-    env_options: dict[str, Any] = _option({}, ENVIRONMENT, "options of the environment, e.g. {image_size: 64}")
-    blind: bool = _option(False, ENVIRONMENT, "control run: the policy sees a constant image throughout")
+    env: str = option("metaworld:handle-press-v3", ENVIRONMENT, "environment, e.g. metaworld:task[,task…]")
+    env_options: dict[str, Any] = option({}, ENVIRONMENT, "options of the environment, e.g. {image_size: 64}")
+    blind: bool = option(False, ENVIRONMENT, "control run: the policy sees a constant image throughout")
 
-    demos_per_task: int = _option(40, DEMOS, "successful scripted episodes per task")
-    demo_noise_std: float = _option(0.5, DEMOS, "noise on the experts' actions, which lie in [-1, 1]")
-    demo_noise_rho: float = _option(0.8, DEMOS, "correlation of that noise from step to step")
-    demo_noise_window: int = _option(20, DEMOS, "noise is on or off in windows of so many steps; 0: always on")
-    demo_max_speed: float = _option(1.0, DEMOS, "largest component of the experts' own actions; below 1 they are slow")
-    demo_max_steps: int = _option(150, DEMOS, "steps after which an attempt is given up")
+    demos_per_task: int = option(40, DEMOS, "successful scripted episodes per task")
+    demo_noise_std: float = option(0.5, DEMOS, "noise on the experts' actions, which lie in [-1, 1]")
+    demo_noise_rho: float = option(0.8, DEMOS, "correlation of that noise from step to step")
+    demo_noise_window: int = option(20, DEMOS, "noise is on or off in windows of so many steps; 0: always on")
+    demo_max_speed: float = option(1.0, DEMOS, "largest component of the experts' own actions; below 1 they are slow")
+    demo_max_steps: int = option(150, DEMOS, "steps after which an attempt is given up")
 
-    sft_steps: int = _option(800, SFT, "optimiser steps")
-    sft_batch_size: int = _option(64, SFT, "samples per step")
-    sft_learning_rate: float = _option(1e-3, SFT, "peak learning rate")
+    sft_steps: int = option(800, SFT, "optimiser steps")
+    sft_batch_size: int = option(64, SFT, "samples per step")
+    sft_learning_rate: float = option(1e-3, SFT, "peak learning rate")
 
-    video: bool = _option(True, "Result", "film the same initial state before and after RL")
+    video: bool = option(True, "Result", "film the same initial state before and after RL")
 
     def __post_init__(self) -> None:
         if self.small_model not in ("pi0", "pi05"):

@@ -2,9 +2,13 @@
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TextIO
 
 from tqdm import tqdm
+
+ProgressFn = Callable[[int, int, str], None]
+"""``(done, total, text)``: what long functions report to; a :class:`Progress` is one."""
 
 
 class Progress:

@@ -1,7 +1,6 @@
 """One rollout: the policy acts with noise in every environment for T chunks, and the buffer for PPO is filled."""
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,14 +12,13 @@ from pi_rl.flow.chain import Chain
 from pi_rl.policies.actor_critic import FlowActorCritic
 from pi_rl.policies.flow_policy import Prefix
 from pi_rl.policies.prefix_cache import PrefixStore
+from pi_rl.progress import ProgressFn
 from pi_rl.rl.advantages import gae
 from pi_rl.rl.buffer import RolloutBuffer
 from pi_rl.rollout.policy_io import PolicyIO
 from pi_rl.rollout.randomness import TRAIN_STREAM, chunk_noise, training_state_ids
 
 logger = logging.getLogger(__name__)
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass
@@ -159,7 +157,7 @@ class RolloutCollector:
         self.task = self.env_index % len(env.spec.tasks)
 
     @torch.no_grad()
-    def collect(self, iteration: int, progress: Progress | None = None) -> Rollout:
+    def collect(self, iteration: int, progress: ProgressFn | None = None) -> Rollout:
         """Collects the rollout of one iteration.
 
         Args:

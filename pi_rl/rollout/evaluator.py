@@ -1,6 +1,5 @@
 """Deterministic evaluation: every fixed initial state once, actions by the ODE."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -8,11 +7,10 @@ import torch
 
 from pi_rl.envs.vector_env import EVAL_STATES, Observation, VectorEnv
 from pi_rl.policies.actor_critic import FlowActorCritic
+from pi_rl.progress import ProgressFn
 from pi_rl.rollout.policy_io import PolicyIO
 from pi_rl.rollout.randomness import EVAL_STREAM, chunk_noise
 from pi_rl.rollout.summary import EvalSummary, summarize_episodes
-
-Progress = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def evaluate_policy(
     *,
     seed: int = 0,
     denoising_steps: int | None = None,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
 ) -> EpisodeResults:
     """Runs one episode from every given initial state, without exploration noise.
 

@@ -1,18 +1,13 @@
 """Configuration of :class:`~pi_rl.trainer.flow_ppo_trainer.FlowPPOTrainer`."""
 
 import os
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from pi_rl.arguments import option
 from pi_rl.flow.chain import FlowSampler
-
-
-def _option(default: object, group: str, text: str) -> Any:
-    return field(default=default, metadata={"group": group, "help": text})
-
 
 FLOW, PPO, ROLLOUT, EVAL = "Flow sampling", "PPO", "Rollout", "Evaluation and checkpoints"
 
@@ -31,85 +26,82 @@ class FlowPPOConfig(TrainingArguments):
             message gives values that would.
     """
 
-    noise: str = _option("flow_noise", FLOW, "exploration noise: flow_noise (learned), flow_sde or flow_cps")
-    mdp: str | None = _option(
+    noise: str = option("flow_noise", FLOW, "exploration noise: flow_noise (learned), flow_sde or flow_cps")
+    mdp: str | None = option(
         None,
         FLOW,
         "one_layer (likelihood of the whole denoising chain) or hybrid (one stochastic step); "
         "default: one_layer for flow_noise, hybrid otherwise",
     )
-    denoising_steps: int = _option(4, FLOW, "K, steps of the denoising chain in rollouts and evaluation")
-    noise_level: float = _option(0.5, FLOW, "a of flow_sde (above 0) and flow_cps (between 0 and 1)")
-    noise_std_min: float = _option(0.08, FLOW, "smallest standard deviation of flow_noise, in normalised action units")
-    noise_std_max: float = _option(0.16, FLOW, "largest standard deviation of flow_noise")
-    ignore_last: bool = _option(False, FLOW, "the last denoising step is never stochastic")
-    noise_scope: str = _option(
+    denoising_steps: int = option(4, FLOW, "K, steps of the denoising chain in rollouts and evaluation")
+    noise_level: float = option(0.5, FLOW, "a of flow_sde (above 0) and flow_cps (between 0 and 1)")
+    noise_std_min: float = option(0.08, FLOW, "smallest standard deviation of flow_noise, in normalised action units")
+    noise_std_max: float = option(0.16, FLOW, "largest standard deviation of flow_noise")
+    ignore_last: bool = option(False, FLOW, "the last denoising step is never stochastic")
+    noise_scope: str = option(
         "scored",
         FLOW,
         "scored: noise only where it is scored, so the likelihood is exact; all: noise on the whole chunk, as RLinf",
     )
-    joint_reduction: str = _option(
+    joint_reduction: str = option(
         "sum", FLOW, "one_layer: sum of the chain's log-probs (Eq. 5) or mean over K+1 terms, as RLinf"
     )
 
-    num_iterations: int = _option(100, PPO, "PPO iterations (rollout + update)")
-    update_epochs: int = _option(4, PPO, "passes over each rollout")
-    clip_range: float = _option(0.2, PPO, "ratio clip ε")
-    value_clip_range: float | None = _option(0.2, PPO, "clip of the value change; none switches it off")
-    huber_delta: float = _option(10.0, PPO, "threshold of the Huber value loss")
-    value_loss_coefficient: float = _option(1.0, PPO, "weight of the value loss")
-    entropy_coefficient: float = _option(0.0, PPO, "weight of the entropy bonus (learned noise only)")
-    gamma: float = _option(0.99, PPO, "discount per chunk")
-    gae_lambda: float = _option(0.95, PPO, "λ of GAE")
-    critic_learning_rate: float = _option(1e-4, PPO, "learning rate of the value head")
-    critic_hidden_sizes: list[int] = field(
-        default_factory=lambda: [1024, 512, 256],
-        metadata={"group": PPO, "help": "hidden layers of the value head"},
-    )
-    target_kl: float | None = _option(
+    num_iterations: int = option(100, PPO, "PPO iterations (rollout + update)")
+    update_epochs: int = option(4, PPO, "passes over each rollout")
+    clip_range: float = option(0.2, PPO, "ratio clip ε")
+    value_clip_range: float | None = option(0.2, PPO, "clip of the value change; none switches it off")
+    huber_delta: float = option(10.0, PPO, "threshold of the Huber value loss")
+    value_loss_coefficient: float = option(1.0, PPO, "weight of the value loss")
+    entropy_coefficient: float = option(0.0, PPO, "weight of the entropy bonus (learned noise only)")
+    gamma: float = option(0.99, PPO, "discount per chunk")
+    gae_lambda: float = option(0.95, PPO, "λ of GAE")
+    critic_learning_rate: float = option(1e-4, PPO, "learning rate of the value head")
+    critic_hidden_sizes: list[int] = option([1024, 512, 256], PPO, "hidden layers of the value head")
+    target_kl: float | None = option(
         None, PPO, "skip the rest of an iteration's updates once the approximate KL of a minibatch exceeds this"
     )
 
-    num_envs: int = _option(64, ROLLOUT, "environments over all processes")
-    rollout_chunks: int = _option(16, ROLLOUT, "T, action chunks per environment and rollout")
-    n_action_steps: int | None = _option(
+    num_envs: int = option(64, ROLLOUT, "environments over all processes")
+    rollout_chunks: int = option(16, ROLLOUT, "T, action chunks per environment and rollout")
+    n_action_steps: int | None = option(
         None, ROLLOUT, "C, executed actions of each predicted chunk; default: the policy's"
     )
-    auto_reset: bool = _option(
+    auto_reset: bool = option(
         True, ROLLOUT, "reset finished environments within a rollout; otherwise one episode per environment"
     )
-    env_workers: int | None = _option(None, ROLLOUT, "simulator processes per process; default: its CPU cores")
-    prefix_storage: str = _option(
+    env_workers: int | None = option(None, ROLLOUT, "simulator processes per process; default: its CPU cores")
+    prefix_storage: str = option(
         "device", ROLLOUT, "where prefix keys and values wait for the update: device or host memory"
     )
 
-    eval_episodes: int = _option(200, EVAL, "fixed initial states per evaluation; 0 switches evaluation off")
-    eval_every_iterations: int | None = _option(None, EVAL, "evaluate every N iterations; default: never within a run")
-    eval_seed: int = _option(0, EVAL, "seed of the flow's initial noise in evaluation")
-    output_dir: str = _option("trainer_output", EVAL, "folder of checkpoints, results and the trained policy")
-    save_strategy: str = _option("no", EVAL, "checkpoints: no, steps or epoch; easier: save_every_iterations")
-    save_every_iterations: int | None = _option(None, EVAL, "checkpoint every N iterations; default: never")
-    dry_run: bool = _option(
+    eval_episodes: int = option(200, EVAL, "fixed initial states per evaluation; 0 switches evaluation off")
+    eval_every_iterations: int | None = option(None, EVAL, "evaluate every N iterations; default: never within a run")
+    eval_seed: int = option(0, EVAL, "seed of the flow's initial noise in evaluation")
+    output_dir: str = option("trainer_output", EVAL, "folder of checkpoints, results and the trained policy")
+    save_strategy: str = option("no", EVAL, "checkpoints: no, steps or epoch; easier: save_every_iterations")
+    save_every_iterations: int | None = option(None, EVAL, "checkpoint every N iterations; default: never")
+    dry_run: bool = option(
         False, EVAL, "print the run's batch arithmetic, run one chunk, one update and one save, then stop"
     )
 
-    learning_rate: float = _option(1e-5, PPO, "learning rate of action expert and noise network")
-    per_device_train_batch_size: int = _option(64, PPO, "samples per forward pass and process in the update")
-    max_grad_norm: float = _option(1.0, PPO, "gradient-norm clip")
-    adam_beta2: float = _option(0.95, PPO, "β2 of AdamW")
-    lr_scheduler_type: str = _option("cosine", PPO, "learning-rate schedule over all optimiser steps")
-    logging_strategy: str = _option("epoch", EVAL, "log once per iteration")
-    logging_nan_inf_filter: bool = _option(False, EVAL, "must stay off: pi_rl stops at the first NaN with a diagnosis")
-    eval_on_start: bool = _option(True, EVAL, "evaluate before the first iteration: the SFT baseline")
-    metric_for_best_model: str | None = _option("success_rate", EVAL, "metric that marks the best checkpoint")
-    greater_is_better: bool | None = _option(True, EVAL, "direction of that metric")
-    report_to: str | list[str] | None = _option("none", EVAL, "tensorboard, wandb, trackio, …")
-    trackio_space_id: str | None = _option(
+    learning_rate: float = option(1e-5, PPO, "learning rate of action expert and noise network")
+    per_device_train_batch_size: int = option(64, PPO, "samples per forward pass and process in the update")
+    max_grad_norm: float = option(1.0, PPO, "gradient-norm clip")
+    adam_beta2: float = option(0.95, PPO, "β2 of AdamW")
+    lr_scheduler_type: str = option("cosine", PPO, "learning-rate schedule over all optimiser steps")
+    logging_strategy: str = option("epoch", EVAL, "log once per iteration")
+    logging_nan_inf_filter: bool = option(False, EVAL, "must stay off: pi_rl stops at the first NaN with a diagnosis")
+    eval_on_start: bool = option(True, EVAL, "evaluate before the first iteration: the SFT baseline")
+    metric_for_best_model: str | None = option("success_rate", EVAL, "metric that marks the best checkpoint")
+    greater_is_better: bool | None = option(True, EVAL, "direction of that metric")
+    report_to: str | list[str] | None = option("none", EVAL, "tensorboard, wandb, trackio, …")
+    trackio_space_id: str | None = option(
         None, EVAL, "Space to log to with trackio; default: a local folder, nothing is published"
     )
-    project: str = _option("pi_rl", EVAL, "trackio's project")
-    remove_unused_columns: bool = _option(False, EVAL, "no dataset columns here")
-    ddp_find_unused_parameters: bool | None = _option(False, EVAL, "every trained parameter is used by the loss")
+    project: str = option("pi_rl", EVAL, "trackio's project")
+    remove_unused_columns: bool = option(False, EVAL, "no dataset columns here")
+    ddp_find_unused_parameters: bool | None = option(False, EVAL, "every trained parameter is used by the loss")
 
     def __post_init__(self) -> None:
         self._check_ranges()

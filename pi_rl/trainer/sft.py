@@ -13,13 +13,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-Progress = Callable[[int, int, str], None]
+from pi_rl.progress import ProgressFn
 
 # What a launcher sets for its own process group; the fine-tuning process must not join it.
 _LAUNCHER_VARIABLES = (
@@ -106,7 +105,7 @@ class SftProcess:
             )
         os.close(send)
 
-    def run(self, job: SftJob, progress: Progress | None = None) -> Path:
+    def run(self, job: SftJob, progress: ProgressFn | None = None) -> Path:
         """Fine-tunes and waits for the end.
 
         Args:
@@ -180,7 +179,7 @@ def run_sft(
     image_shift: int = 0,
     in_memory: bool = True,
     num_workers: int = 0,
-    progress: Progress | None = None,
+    progress: ProgressFn | None = None,
     process: SftProcess | None = None,
 ) -> Path:
     """Fine-tunes a LeRobot policy on a local LeRobotDataset with lerobot-train.
