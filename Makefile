@@ -7,7 +7,7 @@ ARGS ?=
 BIN := .venv/bin
 RECIPE ?= recipes/ppo_flow_noise.py
 # One process: the first GPU if there is one, else the CPU with one thread for torch (the simulators use the others).
-GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
+GPU := $(shell nvidia-smi -L 2>/dev/null | grep -m 1 "^GPU ")
 LAUNCH_CONFIG ?= recipes/accelerate/$(if $(GPU),one_gpu,cpu).yaml
 ifeq ($(GPU),)
 export OMP_NUM_THREADS ?= 1

@@ -134,6 +134,8 @@ def dump_config(instances: Iterable[Any], path: Path | str) -> None:
     sections: dict[str, dict[str, Any]] = {}
     for name, option in _collect_options(tuple(values)).items():
         value = getattr(values[option.owner], name)
+        if name in getattr(values[option.owner], "derived", ()):
+            continue  # it follows from other options
         if option.inherited and not _worth_writing(option, value, values[option.owner]):
             continue
         try:

@@ -11,7 +11,7 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
 
 CONFIG_NAME, STAGES_NAME = "pi_rl_config.yaml", "stages.json"
-FILM_EVERY, FILM_SLOWER = 2, 4
 DATASET_ID = "local/demonstrations"
 MODEL, ENVIRONMENT, DEMOS, SFT = "Policy", "Environment", "Demonstrations", "Supervised fine-tuning"
 
@@ -69,6 +68,17 @@ class RecipeArguments:
             raise ValueError(f"small_model={self.small_model!r} is unknown; choose pi0 or pi05.")
         if "blind" in self.env_options:
             raise ValueError("env_options must not set blind; use the option of that name, --blind.")
+        ranges = {
+            "demo_noise_std": (self.demo_noise_std >= 0, "0 or more"),
+            "demo_noise_rho": (0 <= self.demo_noise_rho < 1, "at least 0 and below 1"),
+            "demo_noise_window": (self.demo_noise_window >= 0, "0 or more"),
+            "demo_max_speed": (0 < self.demo_max_speed <= 1, "above 0 and at most 1"),
+            "demo_max_steps": (self.demo_max_steps >= 1, "at least 1"),
+            "sft_learning_rate": (self.sft_learning_rate > 0, "above 0"),
+        }
+        for name, (fine, allowed) in ranges.items():
+            if not fine:
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed: it must be {allowed}.")
         for name in ("demos_per_task", "sft_steps", "sft_batch_size", "chunk_size", "image_resolution"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: it must be at least 1.")
@@ -83,7 +93,7 @@ def _set_up() -> Iterator[None]:
     """Marks what fails in it as the user's to put right, so that a recipe ends with a message, not a traceback."""
     try:
         yield
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, TypeError, OSError) as error:
         raise RecipeError(str(error)) from error
 
 
@@ -96,6 +106,7 @@ class _Run:
     command: str
     minutes: dict[str, float] = field(default_factory=dict)
     before: dict[str, float] = field(default_factory=dict)
+    claimed: bool = False
 
     def continue_clock(self) -> None:
         """Takes over the stage times of a run that was killed."""
@@ -134,11 +145,18 @@ class _Run:
         """Announces a stage and takes its time."""
         say(f"\n{title}", enabled=self.is_main)
         started = time.perf_counter()
-        yield
-        self.minutes[name] = self.minutes.get(name, 0.0) + (time.perf_counter() - started) / 60
-        if self.is_main:
-            (self.folder / STAGES_NAME).write_text(json.dumps(self.minutes) + "\n")
+        try:
+            yield
+        finally:
+            self.minutes[name] = self.minutes.get(name, 0.0) + (time.perf_counter() - started) / 60
+            if self.is_main:
+                self._write_stages()
         say(f"  {self.minutes[name]:.1f} min", enabled=self.is_main)
+
+    def _write_stages(self) -> None:
+        partial = self.folder / f".{STAGES_NAME}.new"
+        partial.write_text(json.dumps(self.minutes) + "\n")
+        partial.replace(self.folder / STAGES_NAME)
 
 
 def recipe_main(
@@ -183,7 +201,6 @@ def run_recipe(
     import torch
 
     from pi_rl.envs.registry import check_name_and_options
-    from pi_rl.rollout.evaluator import evaluation_ids
     from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
 
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -200,13 +217,7 @@ def run_recipe(
     run = _Run(recipe, ppo, shlex.join(["accelerate", "launch", f"recipes/{Path(sys.argv[0]).name}", *arguments]))
     with _set_up():
         spec = check_name_and_options(recipe.env, run.env_options)
-        if recipe.model is None and (ppo.n_action_steps or 1) > recipe.chunk_size:
-            raise ValueError(
-                f"n_action_steps={ppo.n_action_steps} is more than the chunk_size={recipe.chunk_size} actions that "
-                "the policy predicts; lower the one or raise the other."
-            )
-        if ppo.eval_episodes:
-            evaluation_ids(len(spec.tasks), ppo.eval_episodes)
+        _check_together(recipe, ppo, spec)
         _prepare_folder(run)
     run.continue_clock()
     say(ppo.arithmetic, enabled=run.is_main)
@@ -219,10 +230,25 @@ def run_recipe(
                 _make_sft_policy(run, spec)
         run.wait()
         _reinforce(run, policy_path)
-    except RecipeError:
+    except BaseException:
         _release_folder(run)
         raise
     return run.folder
+
+
+def _check_together(recipe: RecipeArguments, ppo: "FlowPPOConfig", spec: "EnvSpec") -> None:
+    """What would otherwise be found only after demonstrations and SFT."""
+    from pi_rl.rollout.collector import check_tasks_share_envs
+    from pi_rl.rollout.evaluator import evaluation_ids
+
+    if recipe.model is None and (ppo.n_action_steps or 1) > recipe.chunk_size:
+        raise ValueError(
+            f"n_action_steps={ppo.n_action_steps} is more than the chunk_size={recipe.chunk_size} actions that the "
+            "policy predicts; lower the one or raise the other."
+        )
+    if ppo.planned_eval_episodes:
+        evaluation_ids(len(spec.tasks), ppo.planned_eval_episodes)
+    check_tasks_share_envs(ppo.num_envs // ppo.world_size, len(spec.tasks))
 
 
 def _prepare_folder(run: _Run) -> None:
@@ -231,11 +257,12 @@ def _prepare_folder(run: _Run) -> None:
 
     config = run.folder / CONFIG_NAME
     if run.is_main:
-        if (run.folder / RESULTS_NAME).exists():
+        finished = RESULTS_NAME if run.ppo.planned_eval_episodes else "trainer_state.json"
+        if (run.folder / finished).exists():
             raise ValueError(
-                f"{run.folder} holds a finished run ({RESULTS_NAME} is there). Give another --output_dir, or "
-                "delete it."
+                f"{run.folder} holds a finished run ({finished} is there). Give another --output_dir, or delete it."
             )
+        run.claimed = not config.exists()
         run.folder.mkdir(parents=True, exist_ok=True)
         partial = run.folder / f".{CONFIG_NAME}.new"
         dump_config((run.recipe, run.ppo), partial)
@@ -255,22 +282,28 @@ def _prepare_folder(run: _Run) -> None:
 
 
 def _release_folder(run: _Run) -> None:
-    """Leaves nothing behind when a run could not begin."""
-    if run.is_main and {entry.name for entry in run.folder.iterdir()} <= {CONFIG_NAME, "init"}:
-        shutil.rmtree(run.folder)
+    """Leaves nothing behind when a run failed before its first stage was complete."""
+    beginnings = {CONFIG_NAME, "init", STAGES_NAME}
+    if run.is_main and run.claimed and {entry.name for entry in run.folder.iterdir()} <= beginnings:
+        shutil.rmtree(run.folder / "init", ignore_errors=True)
+        for name in (CONFIG_NAME, STAGES_NAME):
+            (run.folder / name).unlink(missing_ok=True)
+        with suppress(OSError):  # a mount point or another program's working folder stays, empty
+            run.folder.rmdir()
 
 
 def _make_sft_policy(run: _Run, spec: "EnvSpec") -> None:
     """Demonstrations and few-shot SFT of a small policy, on the main process."""
     from pi_rl.demonstrations import collect_demonstrations
     from pi_rl.envs.registry import make_env
+    from pi_rl.envs.workers import available_cores
     from pi_rl.trainer.sft import run_sft
 
     recipe, ppo, folder = run.recipe, run.ppo, run.folder
     if (folder / "sft").is_dir():
         say(f"\nUsing the fine-tuned policy in {folder / 'sft'}.")
         return
-    workers = ppo.env_workers or 2
+    workers = ppo.env_workers or available_cores()
     with run.stage("demonstrations", f"1. Demonstrations: scripted experts in {recipe.env}"):
         with _set_up():
             init = _create_small_policy(run, spec)
@@ -347,6 +380,8 @@ def _reinforce(run: _Run, policy_path: str | Path) -> None:
         with run.stage("rl", f"4. RL: PPO with {ppo.noise}, {ppo.num_iterations} iterations"):
             trainer.train(resume_from_checkpoint=_last_checkpoint(run.folder))
         trainer.save_model(str(run.folder / "policy"))
+        if run.is_main:
+            trainer.state.save_to_json(str(run.folder / "trainer_state.json"))
         if evaluated:
             with run.stage("evaluation", "5. Result: the same states again"):
                 trainer.evaluate()
@@ -358,13 +393,16 @@ def _reinforce(run: _Run, policy_path: str | Path) -> None:
 
 
 def _dry_run(run: _Run, trainer: Any) -> None:
-    trainer.train()
-    trainer.save_model(str(run.folder / "policy"))
-    saved = sum(file.stat().st_size for file in (run.folder / "policy").iterdir()) / 1e6
-    run.wait()
-    if run.is_main:
-        shutil.rmtree(run.folder)
-    say(f"\nDry run finished: one chunk, one update, one save ({saved:.1f} MB, deleted again).", enabled=run.is_main)
+    try:
+        trainer.train()
+        trainer.save_model(str(run.folder / "policy"))
+        run.wait()
+        if run.is_main:
+            saved = sum(file.stat().st_size for file in (run.folder / "policy").iterdir()) / 1e6
+            say(f"\nDry run finished: one chunk, one update, one save ({saved:.1f} MB, deleted again).")
+    finally:
+        if run.is_main:
+            shutil.rmtree(run.folder)
 
 
 def _last_checkpoint(folder: Path) -> str | None:
@@ -375,6 +413,7 @@ def _last_checkpoint(folder: Path) -> str | None:
 
 def _report(run: _Run, trainer: Any, policy_path: str | Path, before: Any, after: Any) -> None:
     """Table, results.json, learning curve, video and model card."""
+    from pi_rl.hub.film import film_before_after
     from pi_rl.hub.model_card import write_model_card
     from pi_rl.hub.plots import plot_learning_curve
     from pi_rl.hub.results import RunResults, results_table, write_results
@@ -389,7 +428,12 @@ def _report(run: _Run, trainer: Any, policy_path: str | Path, before: Any, after
         noise=ppo.noise,
         blind=recipe.blind,
         versions=package_versions(),
-        config={**asdict(recipe), "sampler": asdict(ppo.sampler()), "num_iterations": ppo.num_iterations},
+        config={
+            **asdict(recipe),
+            "model": _model_name(recipe.model),
+            "sampler": asdict(ppo.sampler()),
+            "num_iterations": ppo.num_iterations,
+        },
     )
     plot_learning_curve(
         trainer.state.log_history,
@@ -406,7 +450,7 @@ def _report(run: _Run, trainer: Any, policy_path: str | Path, before: Any, after
         folder / "policy",
         results,
         env_name=recipe.env,
-        base_model=None if recipe.model is None else _model_name(recipe.model),
+        base_model=_model_name(recipe.model),
         license=None if recipe.model is None else recipe.model_license,
         reproduce_command=run.command,
         learning_curve=folder / "learning_curve.png",
@@ -418,45 +462,6 @@ def _report(run: _Run, trainer: Any, policy_path: str | Path, before: Any, after
     say(f"\nPolicy, card, curve and video: {folder}")
 
 
-def _model_name(model: str) -> str:
+def _model_name(model: str | None) -> str | None:
     """A Hub id as it is, a folder by its name: a card must not show paths of one machine."""
-    return Path(model).name if Path(model).is_dir() else model
-
-
-def film_before_after(trainer: Any, sft_path: str | Path, before: Any, after: Any, path: Path) -> Path:
-    """Films one initial state with the policy that RL started from and the trained one, side by side.
-
-    Args:
-        trainer: A trained ``FlowPPOTrainer``.
-        sft_path: Checkpoint that RL started from.
-        before: Its evaluation.
-        after: The trained policy's evaluation on the same states.
-        path: MP4 file to write.
-
-    Returns:
-        ``path``.
-    """
-    import numpy as np
-
-    from pi_rl.hub.videos import side_by_side, write_video
-    from pi_rl.rollout.evaluator import record_episode
-    from pi_rl.trainer.build import build_actor_critic, load_model
-
-    turned = np.flatnonzero(~before.success & after.success)
-    reset_id = before.reset_ids[turned[0] if len(turned) else 0]
-    args = trainer.args
-    original = build_actor_critic(load_model(sft_path, args, None), args).to(args.device)
-    clips = [
-        record_episode(model, trainer.env, trainer.io, reset_id, seed=args.eval_seed, every=FILM_EVERY)
-        for model in (original, trainer.actor_critic)
-    ]
-    (first, first_success), (second, second_success) = clips
-    frames = side_by_side(
-        first,
-        second,
-        success_before=first_success,
-        success_after=second_success,
-        steps_per_frame=FILM_EVERY,
-        caption=f"{trainer.env.spec.instructions[reset_id[0]]} ({FILM_SLOWER}x slower)",
-    )
-    return write_video(frames, path, fps=trainer.env.spec.fps / FILM_EVERY / FILM_SLOWER)
+    return Path(model).name if model is not None and Path(model).is_dir() else model

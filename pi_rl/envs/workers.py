@@ -53,9 +53,16 @@ class _Process:
         return self.stderr.read().decode(errors="replace")[-STDERR_TAIL_CHARACTERS:].strip()
 
 
+def available_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
 def default_num_workers(num_envs: int) -> int:
     """Returns one worker per core this process may use, at most one per environment."""
-    return max(1, min(num_envs, len(os.sched_getaffinity(0))))
+    return max(1, min(num_envs, available_cores()))
 
 
 class WorkerVectorEnv(VectorEnv):

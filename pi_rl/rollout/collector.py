@@ -138,20 +138,7 @@ class RolloutCollector:
         self.env, self.model, self.io = env, model, io
         self.chunks, self.gamma, self.gae_lambda = chunks, gamma, gae_lambda
         self.seed, self.auto_reset = seed, auto_reset
-        tasks, covered = len(env.spec.tasks), chunks * io.n_action_steps
-        if env.num_envs % tasks:
-            lower = max(env.num_envs // tasks, 1) * tasks
-            raise ValueError(
-                f"{env.num_envs} environments per process cannot be shared equally by {tasks} tasks; use "
-                f"{lower} or {lower + tasks} per process."
-            )
-        if covered < env.spec.max_episode_steps:
-            needed = -(-env.spec.max_episode_steps // io.n_action_steps)
-            logger.warning(
-                f"A rollout of {chunks} chunks x {io.n_action_steps} steps = {covered} steps is shorter than an "
-                f"episode ({env.spec.max_episode_steps} steps): what lies beyond is never trained on, and the success "
-                f"rate of rollouts counts only what ended. Use rollout_chunks={needed} or more."
-            )
+        check_tasks_share_envs(env.num_envs, len(env.spec.tasks))
         self._prefixes = PrefixStore(prefix_storage, capacity=chunks * env.num_envs)
         self.env_index = rank * env.num_envs + np.arange(env.num_envs)
         self.task = self.env_index % len(env.spec.tasks)
@@ -304,3 +291,28 @@ class RolloutCollector:
         episodes, successes = self._statistics.per_task.sum(0)[:2]
         rate = f"{successes / episodes:.2f}" if episodes else "–"
         return f"success {rate}"
+
+
+def check_tasks_share_envs(num_envs: int, num_tasks: int) -> None:
+    """Every task needs the same number of the environments of a process.
+
+    Raises:
+        ValueError: With numbers that would do.
+    """
+    if num_envs % num_tasks:
+        lower = max(num_envs // num_tasks, 1) * num_tasks
+        raise ValueError(
+            f"{num_envs} environments per process cannot be shared equally by {num_tasks} tasks; use {lower} or "
+            f"{lower + num_tasks} per process."
+        )
+
+
+def warn_about_short_rollouts(chunks: int, n_action_steps: int, max_episode_steps: int) -> None:
+    """Says when rollouts end before episodes do, and how many chunks would cover an episode."""
+    covered, needed = chunks * n_action_steps, -(-max_episode_steps // n_action_steps)
+    if covered < max_episode_steps:
+        logger.warning(
+            f"A rollout of {chunks} chunks x {n_action_steps} steps = {covered} steps is shorter than an episode "
+            f"({max_episode_steps} steps): what lies beyond is never trained on, and the success rate of rollouts "
+            f"counts only what ended. Use rollout_chunks={needed} or more."
+        )

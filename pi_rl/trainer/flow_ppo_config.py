@@ -79,7 +79,7 @@ class FlowPPOConfig(TrainingArguments):
     eval_every_iterations: int | None = option(None, EVAL, "evaluate every N iterations; default: never within a run")
     eval_seed: int = option(0, EVAL, "seed of the flow's initial noise in evaluation")
     output_dir: str = option("trainer_output", EVAL, "folder of checkpoints, results and the trained policy")
-    save_strategy: str = option("no", EVAL, "checkpoints: no, steps or epoch; easier: save_every_iterations")
+    save_strategy: str = option("no", EVAL, "checkpoints: no, steps, epoch or best; easier: save_every_iterations")
     save_every_iterations: int | None = option(None, EVAL, "checkpoint every N iterations; default: never")
     dry_run: bool = option(
         False, EVAL, "print the run's batch arithmetic, run one chunk, one update and one save, then stop"
@@ -92,7 +92,9 @@ class FlowPPOConfig(TrainingArguments):
     lr_scheduler_type: str = option("cosine", PPO, "learning-rate schedule over all optimiser steps")
     logging_strategy: str = option("epoch", EVAL, "log once per iteration")
     logging_nan_inf_filter: bool = option(False, EVAL, "must stay off: pi_rl stops at the first NaN with a diagnosis")
-    eval_on_start: bool = option(True, EVAL, "evaluate before the first iteration: the SFT baseline")
+    eval_on_start: bool = option(
+        True, EVAL, "evaluate before the first iteration: the SFT baseline (recipes always do)"
+    )
     metric_for_best_model: str | None = option("success_rate", EVAL, "metric that marks the best checkpoint")
     greater_is_better: bool | None = option(True, EVAL, "direction of that metric")
     report_to: str | list[str] | None = option("none", EVAL, "tensorboard, wandb, trackio, …")
@@ -105,6 +107,9 @@ class FlowPPOConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check_ranges()
+        self.planned_eval_episodes = self.eval_episodes
+        # what follows from other options; a written configuration leaves it out, so that it can be varied
+        self.derived = {"num_train_epochs"}
         if self.eval_episodes == 0:
             self.eval_on_start, self.eval_every_iterations = False, None
         self.num_train_epochs = self.num_iterations
@@ -181,6 +186,9 @@ class FlowPPOConfig(TrainingArguments):
             ("num_envs", self.num_envs >= 1, "at least 1"),
             ("rollout_chunks", self.rollout_chunks >= 1, "at least 1"),
             ("update_epochs", self.update_epochs >= 1, "at least 1"),
+            ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"),
+            ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "at least 1"),
+            ("max_steps", self.max_steps <= 0, "left out: set num_iterations"),
             ("clip_range", 0 < self.clip_range < 1, "between 0 and 1"),
             ("huber_delta", self.huber_delta > 0, "above 0"),
             ("value_loss_coefficient", self.value_loss_coefficient >= 0, "0 or more"),
@@ -224,10 +232,13 @@ class FlowPPOConfig(TrainingArguments):
         updates = max(1, self.update_epochs * (self.samples_per_iteration // max(1, minibatch)))
         if self.logging_strategy == "epoch":
             self.logging_strategy, self.logging_steps = "steps", updates
+            self.derived |= {"logging_strategy", "logging_steps"}
         if self.eval_every_iterations is not None:
             self.eval_strategy, self.eval_steps = "steps", updates * self.eval_every_iterations
+            self.derived |= {"eval_strategy", "eval_steps", "do_eval"}
         if self.save_every_iterations is not None:
             self.save_strategy, self.save_steps = "steps", updates * self.save_every_iterations
+            self.derived |= {"save_strategy", "save_steps"}
 
     def _check_batches(self) -> None:
         if self.num_envs % self.world_size:
@@ -259,7 +270,6 @@ class FlowPPOConfig(TrainingArguments):
             ("eval_steps", self.eval_strategy, self.eval_steps),
             ("save_steps", self.save_strategy, self.save_steps),
             ("logging_steps", self.logging_strategy, self.logging_steps),
-            ("max_steps", "steps", self.max_steps),
         ):
             if strategy == "steps" and steps is not None and steps > 0 and steps % updates:
                 raise ValueError(

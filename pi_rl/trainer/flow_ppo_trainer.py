@@ -20,6 +20,7 @@ from transformers.trainer_utils import rotate_checkpoints
 
 from pi_rl.envs.registry import make_env
 from pi_rl.envs.vector_env import VectorEnv
+from pi_rl.envs.workers import available_cores
 from pi_rl.flow.chain import Chain
 from pi_rl.policies.actor_critic import FlowActorCritic
 from pi_rl.policies.checkpoints import (
@@ -38,7 +39,7 @@ from pi_rl.rl.losses import (
     explained_variance_from_moments,
     explained_variance_moments,
 )
-from pi_rl.rollout.collector import Rollout, RolloutCollector
+from pi_rl.rollout.collector import Rollout, RolloutCollector, warn_about_short_rollouts
 from pi_rl.rollout.evaluator import EpisodeResults, evaluate_policy, evaluation_ids
 from pi_rl.rollout.policy_io import PolicyIO
 from pi_rl.rollout.randomness import shuffle_seed
@@ -124,7 +125,7 @@ class FlowPPOTrainer(Trainer):
         self.env = self._make_env(env, dict(env_kwargs or {}))
         try:
             self._connect(loaded)
-        except ValueError:
+        except BaseException:
             self.close()
             raise
 
@@ -133,7 +134,7 @@ class FlowPPOTrainer(Trainer):
     def _make_env(self, env: str | VectorEnv, env_kwargs: dict[str, Any]) -> VectorEnv:
         local = self.args.num_envs // self.args.world_size
         if isinstance(env, str):
-            workers = self.args.env_workers or max(1, (os.cpu_count() or 1) // self.args.world_size)
+            workers = self.args.env_workers or max(1, available_cores() // self.args.world_size)
             return make_env(env, local, min(workers, local), **env_kwargs)
         if env.num_envs != local:
             raise ValueError(
@@ -148,6 +149,8 @@ class FlowPPOTrainer(Trainer):
         if self.args.eval_episodes:
             evaluation_ids(len(self.env.spec.tasks), self.args.eval_episodes)
         self.io = PolicyIO(loaded.preprocessor, loaded.postprocessor, self.env.spec, policy.n_action_steps)
+        if self.args.process_index == 0 and not self.args.dry_run:
+            warn_about_short_rollouts(self.args.rollout_chunks, policy.n_action_steps, self.env.spec.max_episode_steps)
         self.collector = RolloutCollector(
             self.env,
             self.actor_critic,
@@ -323,7 +326,7 @@ class FlowPPOTrainer(Trainer):
         """After the last micro-batch of a minibatch, decides for all processes whether the iteration goes on."""
         if self.args.target_kl is None:
             return
-        self._minibatch_kl = self._minibatch_kl + approx_kl.detach().double() * share
+        self._minibatch_kl = self._minibatch_kl + approx_kl.detach().cpu().double() * share
         if (tick + 1) % self.args.gradient_accumulation_steps == 0:
             mean = all_reduce(self.accelerator, self._minibatch_kl, "sum")
             self._skip_updates = mean.item() > self.args.target_kl

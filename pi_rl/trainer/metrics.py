@@ -28,7 +28,7 @@ class MetricStore:
             weight: Number of samples they are the mean of.
         """
         for name, value in values.items():
-            scalar = torch.as_tensor(value).detach().double().cpu()
+            scalar = torch.as_tensor(value).detach().cpu().double()
             if name in MAXIMA:
                 known = self._maxima.get(name, scalar)
                 self._maxima[name] = torch.maximum(known, scalar)
@@ -52,7 +52,7 @@ class MetricStore:
 
 
 def all_reduce(accelerator: Accelerator, values: Tensor, operation: str) -> Tensor:
-    """Sum or maximum of a tensor over all processes, in float64 on the CPU when the backend allows.
+    """Sum or maximum of a tensor over all processes, reduced on the accelerator's device.
 
     Args:
         accelerator: Knows the processes.

@@ -1,0 +1,47 @@
+"""The film of a run: one initial state before and after reinforcement learning."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pi_rl.hub.videos import side_by_side, write_video
+from pi_rl.rollout.evaluator import record_episode
+from pi_rl.trainer.build import build_actor_critic, load_model
+
+FILM_EVERY, FILM_SLOWER = 2, 4
+
+
+def film_before_after(trainer: Any, sft_path: str | Path, before: Any, after: Any, path: Path) -> Path:
+    """Films one initial state with the policy that RL started from and the trained one, side by side.
+
+    It is the first of the evaluation's states that the one fails and the other solves; without such a state, the first.
+
+    Args:
+        trainer: A trained ``FlowPPOTrainer``.
+        sft_path: Checkpoint that RL started from.
+        before: Its evaluation.
+        after: The trained policy's evaluation on the same states.
+        path: MP4 file to write.
+
+    Returns:
+        ``path``.
+    """
+    turned = np.flatnonzero(~before.success & after.success)
+    reset_id = before.reset_ids[turned[0] if len(turned) else 0]
+    args = trainer.args
+    original = build_actor_critic(load_model(sft_path, args, None), args).to(args.device)
+    clips = [
+        record_episode(model, trainer.env, trainer.io, reset_id, seed=args.eval_seed, every=FILM_EVERY)
+        for model in (original, trainer.actor_critic)
+    ]
+    (first, first_success), (second, second_success) = clips
+    frames = side_by_side(
+        first,
+        second,
+        success_before=first_success,
+        success_after=second_success,
+        steps_per_frame=FILM_EVERY,
+        caption=f"{trainer.env.spec.instructions[reset_id[0]]} ({FILM_SLOWER}x slower)",
+    )
+    return write_video(frames, path, fps=trainer.env.spec.fps / FILM_EVERY / FILM_SLOWER)
