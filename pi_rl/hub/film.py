@@ -15,7 +15,7 @@ FILM_EVERY, FILM_SLOWER = 2, 4
 def film_before_after(trainer: Any, sft_path: str | Path, before: Any, after: Any, path: Path) -> Path:
     """Films one initial state with the policy that RL started from and the trained one, side by side.
 
-    It is the first of the evaluation's states that the one fails and the other solves; without such a state, the first.
+    It is the first of the evaluation's states that the one fails and the other solves; if there is none, the first.
 
     Args:
         trainer: A trained ``FlowPPOTrainer``.
