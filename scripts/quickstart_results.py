@@ -20,8 +20,8 @@ BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 def run_curve(folder: Path, results: RunResults) -> RunCurve:
     """One run as the picture shows it."""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    sight = "blind, " if results.blind else ""
-    label = f"{results.noise.replace('_', '-')}, {sight}seed {results.seed}"
+    name = {"flow_noise": "Flow-Noise", "flow_sde": "Flow-SDE"}.get(results.noise, results.noise)
+    label = f"{'blind' if results.blind else name}, seed {results.seed}"
     return RunCurve(label=label, history=history, sft=results.sft, rl=results.rl, blind=results.blind)
 
 
@@ -39,7 +39,7 @@ def make_gif(video: Path, gif: Path) -> None:
 
     from pi_rl.hub.videos import write_gif
 
-    write_gif(iio.imread(video, plugin="pyav"), gif, fps=10, width=640)
+    write_gif(iio.imread(video, plugin="pyav"), gif, fps=10, width=520)
 
 
 def main() -> None:

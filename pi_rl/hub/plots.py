@@ -141,7 +141,7 @@ def plot_before_after(
         _finish_success_axis(left)
         left.set_xlabel("environment steps")
         left.set_ylabel("success rate")
-        left.legend(loc="lower right", fontsize=9)
+        left.legend(loc="best", fontsize=9)
         _draw_dumbbells(right, runs, colours)
         figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold")
         if subtitle:
@@ -238,7 +238,7 @@ def _draw_dumbbells(axes: "Axes", runs: Sequence[RunCurve], colours: Sequence[st
         )
     axes.set_yticks(range(len(runs)), [run.label for run in reversed(runs)])
     axes.set_ylim(-0.6, len(runs) - 0.4)
-    axes.set_xlim(0, 1.12)
+    axes.set_xlim(-0.12, 1.12)
     axes.set_xticks([0, 0.25, 0.5, 0.75, 1.0])
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
