@@ -39,7 +39,7 @@ def make_gif(video: Path, gif: Path) -> None:
 
     from pi_rl.hub.videos import write_gif
 
-    write_gif(iio.imread(video, plugin="pyav"), gif, fps=10, width=520)
+    write_gif(iio.imread(video, plugin="pyav"), gif, fps=10, width=460)
 
 
 def main() -> None:

@@ -145,7 +145,7 @@ def _summary(results: RunResults, config: dict[str, Any], env_name: str, base_mo
     start = (
         f"it starts from [{base_model}](https://huggingface.co/{base_model})"
         if base_model
-        else "it first imitated a few scripted demonstrations"
+        else "it first imitated scripted demonstrations"
     )
     before, after = f"**{results.sft.success_rate:.3f}**", f"**{results.rl.success_rate:.3f}**"
     outcome = (
