@@ -21,7 +21,7 @@ class Progress:
         title: Name of the stage.
         unit: What is counted.
         enabled: False shows nothing (further processes of a distributed run).
-        leave: Keep the finished bar on the screen.
+        leave: Keep the finished bar on the screen; a bar that is not kept shows nothing outside a terminal.
         interval: Seconds between lines outside a terminal.
         stream: Where to write; standard error by default, as other progress bars.
     """
