@@ -55,22 +55,6 @@ def _environment_unchanged() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def pi_rl_data() -> Path:
-    """Folder of the archives that some simulators' tests need, from PI_RL_DATA.
-
-    In CI the folder must be there; elsewhere the tests that ask for it are skipped.
-    """
-    value = os.environ.get("PI_RL_DATA", "")
-    folder = Path(value)
-    if value and folder.is_dir():
-        return folder
-    message = f"PI_RL_DATA={value!r} is not a folder; set it to the folder with the simulators' test archives."
-    if os.environ.get("CI", "").lower() in ("true", "1"):
-        pytest.fail(message)
-    pytest.skip(message)
-
-
-@pytest.fixture(scope="session")
 def small_policy_folders(tmp_path_factory):
     """Untrained small π0 and π0.5 for MetaWorld at 32 pixels, chunk size 5, K = 4."""
     from pi_rl.envs.metaworld_options import task_instructions

@@ -91,6 +91,7 @@ class _Record:
 
     @classmethod
     def empty(cls, chunks: int, num_envs: int) -> "_Record":
+        """Zeros for T chunks of B environments."""
         shape = (chunks, num_envs)
         return cls(
             rewards=np.zeros(shape, np.float32),
