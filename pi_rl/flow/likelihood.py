@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+LIKELIHOOD_LEVELS = ("chunk", "action", "element")
+
 _LOG_2PI = math.log(2.0 * math.pi)
 
 
@@ -57,3 +59,38 @@ def masked_mean(values: Tensor, mask: Tensor) -> Tensor:
         (B,) means.
     """
     return masked_sum(values, mask) / mask.sum()
+
+
+def reduce_to_units(values: Tensor, scored: Tensor, level: str) -> Tensor:
+    """Sums over the scored elements of each unit, the part of a chunk that one probability ratio covers.
+
+    Args:
+        values: Broadcastable to (B, H, D) with B leading, such as log-probs.
+        scored: (H, D) bool. Whatever stands outside of it, NaN included, has no effect.
+        level: ``chunk`` sums everything into one unit (U = 1); ``action`` gives every horizon step with a scored
+            element a unit of its own; ``element`` every scored element, row by row, without any sum.
+
+    Returns:
+        (B, U). The units of each level add up to the ``chunk`` unit.
+
+    Raises:
+        ValueError: If the level is unknown.
+    """
+    if level == "chunk":
+        return masked_sum(values, scored)[:, None]
+    if level == "action":
+        zero = torch.zeros((), dtype=values.dtype, device=values.device)
+        return torch.where(scored, values, zero).sum(dim=2)[:, scored.any(dim=1)]
+    if level == "element":
+        return values.expand(-1, *scored.shape)[:, scored]
+    raise ValueError(f"`likelihood_level={level!r}` is unknown; choose one of {', '.join(LIKELIHOOD_LEVELS)}")
+
+
+def unit_count(scored: Tensor, level: str) -> int:
+    """Number of units U that `reduce_to_units` makes of a chunk.
+
+    Args:
+        scored: (H, D) bool.
+        level: One of `LIKELIHOOD_LEVELS`.
+    """
+    return reduce_to_units(torch.zeros(1, *scored.shape, device=scored.device), scored, level).shape[1]

@@ -1,4 +1,7 @@
-"""PPO losses and their diagnostics (paper section 4.3.1, Eq. 14-15). N is the number of samples of a minibatch."""
+"""PPO losses and their diagnostics (paper section 4.3.1, Eq. 14-15).
+
+Shapes: N samples of a minibatch, U ratio units of a sample (`FlowSampler.likelihood_level`; 1 at chunk level).
+"""
 
 import torch
 from torch import Tensor
@@ -15,22 +18,23 @@ def clipped_surrogate(
     clip_range: float,
     clip_range_high: float | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """PPO's clipped policy loss ``-mean(min(r A, clip(r, 1 - clip_range, 1 + clip_range_high) A))``.
+    """PPO's clipped policy loss ``-mean_N sum_U min(r A, clip(r, 1 - clip_range, 1 + clip_range_high) A)``.
 
-    The log-ratio is limited to +-20 so that neither the loss nor its gradient overflows; beyond
-    that limit the gradient is 0.
+    The units of a sample share its advantage. Their sum, not their mean, leaves the gradient at r = 1 the same at
+    every level: that of the sample's log-prob times A. The log-ratio is limited to +-20 so that neither the loss nor
+    its gradient overflows; beyond that limit the gradient is 0.
 
     Args:
-        log_prob: (N,) under the present policy.
-        old_log_prob: (N,) under the policy that acted.
+        log_prob: (N, U) under the present policy.
+        old_log_prob: (N, U) under the policy that acted.
         advantages: (N,).
         clip_range: Distance of the lower clip from 1, in (0, 1).
         clip_range_high: Distance of the upper clip from 1, positive; None means ``clip_range``.
 
     Returns:
-        The () loss to minimise and detached () diagnostics: ``approx_kl`` (the k3 estimate ``mean(r - 1 - log r)`` of
-        KL(old || new), never negative), ``clip_fraction`` (ratios outside of the clip range), ``ratio_mean`` and
-        ``ratio_max``.
+        The () loss to minimise and detached () diagnostics: ``approx_kl`` (the k3 estimate
+        ``mean_N sum_U (r - 1 - log r)`` of KL(old || new) of a sample, never negative), ``clip_fraction`` (share of
+        the N * U ratios outside of the clip range), ``ratio_mean`` and ``ratio_max``.
 
     Raises:
         ValueError: If shapes disagree, are empty or a clip range is out of range.
@@ -41,15 +45,16 @@ def clipped_surrogate(
             f"got clip_range={clip_range}, clip_range_high={clip_range_high}; the first must lie in (0, 1), the "
             "second must be positive; try 0.2"
         )
-    _check_vectors(log_prob=log_prob, old_log_prob=old_log_prob, advantages=advantages)
+    _check_ratios(log_prob, old_log_prob, advantages)
     log_ratio = (log_prob - old_log_prob).clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     clipped = ratio.clamp(1.0 - clip_range, 1.0 + high)
-    loss = -torch.minimum(ratio * advantages, clipped * advantages).mean()
+    weights = advantages[:, None]
+    loss = -torch.minimum(ratio * weights, clipped * weights).sum(dim=1).mean()
     with torch.no_grad():
         diagnostics = {
             # expm1 keeps the digits that r - 1 loses near r = 1
-            "approx_kl": (log_ratio.expm1() - log_ratio).mean(),
+            "approx_kl": (log_ratio.expm1() - log_ratio).sum(dim=1).mean(),
             "clip_fraction": ((ratio < 1.0 - clip_range) | (ratio > 1.0 + high)).float().mean(),
             "ratio_mean": ratio.mean(),
             "ratio_max": ratio.max(),
@@ -151,6 +156,15 @@ def _huber(errors: Tensor, delta: float | None) -> Tensor:
     if delta is None:
         return 0.5 * errors.square()
     return functional.huber_loss(errors, torch.zeros_like(errors), reduction="none", delta=delta)
+
+
+def _check_ratios(log_prob: Tensor, old_log_prob: Tensor, advantages: Tensor) -> None:
+    shape = tuple(log_prob.shape)
+    if len(shape) != 2 or min(shape) < 1 or old_log_prob.shape != shape or advantages.shape != shape[:1]:
+        raise ValueError(
+            f"`log_prob` has shape {shape}, `old_log_prob` {tuple(old_log_prob.shape)} and `advantages` "
+            f"{tuple(advantages.shape)}; they must be (N, U), (N, U) and (N,) with N and U at least 1"
+        )
 
 
 def _check_vectors(**tensors: Tensor) -> None:

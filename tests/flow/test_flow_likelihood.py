@@ -1,14 +1,18 @@
 import math
 
+import pytest
 import torch
 from torch.distributions import Normal
 
 from pi_rl.flow.likelihood import (
+    LIKELIHOOD_LEVELS,
     gaussian_entropy,
     gaussian_log_prob,
     masked_mean,
     masked_sum,
+    reduce_to_units,
     standard_normal_log_prob,
+    unit_count,
 )
 
 
@@ -46,3 +50,21 @@ def test_masked_reductions_broadcast() -> None:
     per_sample = torch.tensor([2.0, 5.0]).view(2, 1, 1)
     assert masked_sum(per_sample, mask).tolist() == [6, 15]
     assert masked_mean(per_sample, mask).tolist() == [2, 5]
+
+
+def test_units_add_up_to_the_chunk() -> None:
+    values = torch.arange(12.0).view(2, 3, 2)
+    values[:, 1] = torch.nan
+    values[0, 2, 0] = torch.nan
+    scored = torch.tensor([[True, True], [False, False], [False, True]])
+    expected = {"chunk": [[6], [24]], "action": [[1, 5], [13, 11]], "element": [[0, 1, 5], [6, 7, 11]]}
+    for level in LIKELIHOOD_LEVELS:
+        got = reduce_to_units(values, scored, level)
+        assert got.tolist() == expected[level]
+        assert unit_count(scored, level) == got.shape[1]
+        torch.testing.assert_close(got.sum(1), masked_sum(values, scored))
+        # one number per sample, such as a schedule's std
+        per_sample = reduce_to_units(torch.tensor([2.0, 5.0]).view(2, 1, 1), scored, level)
+        assert per_sample.sum(1).tolist() == [6, 15]
+    with pytest.raises(ValueError, match="choose one of chunk, action, element"):
+        reduce_to_units(values, scored, "token")

@@ -5,7 +5,8 @@ import math
 import pytest
 import torch
 
-from pi_rl.flow.chain import FlowSampler, sample_chain
+from pi_rl.flow.chain import sample_chain
+from pi_rl.flow.sampler import FlowSampler
 from pi_rl.flow.transition import time_grid, transition
 
 MEAN, STD, LEVEL = 0.7, 0.35, 0.5

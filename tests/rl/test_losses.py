@@ -17,13 +17,18 @@ def tensor(*numbers: float) -> torch.Tensor:
     return torch.tensor(numbers)
 
 
+def column(*numbers: float) -> torch.Tensor:
+    """Log-probs of samples with one unit, (N, 1)."""
+    return torch.tensor(numbers)[:, None]
+
+
 RATIOS = (1.0, 1.5, 0.5, 1.5, 0.5, 1.1)
 ADVANTAGES = (2.0, 1.0, 1.0, -1.0, -1.0, -3.0)
 
 
 def test_clipped_surrogate_by_hand() -> None:
-    log_prob = tensor(*RATIOS).log().requires_grad_()
-    loss, diagnostics = clipped_surrogate(log_prob, torch.zeros(6), tensor(*ADVANTAGES), 0.2)
+    log_prob = column(*RATIOS).log().requires_grad_()
+    loss, diagnostics = clipped_surrogate(log_prob, torch.zeros(6, 1), tensor(*ADVANTAGES), 0.2)
     # min(r A, clip(r) A) = 2, 1.2, .5, -1.5, -.8, -3.3
     assert loss.item() == pytest.approx(1.9 / 6, rel=1e-5)
     assert diagnostics["clip_fraction"].item() == pytest.approx(4 / 6)
@@ -36,19 +41,19 @@ def test_clipped_surrogate_by_hand() -> None:
     # d/dlog p of -mean(r A), and nothing where the clip is active
     expected = [-r * a / 6 for r, a in zip(RATIOS, ADVANTAGES, strict=True)]
     expected[1] = expected[4] = 0.0
-    torch.testing.assert_close(log_prob.grad, tensor(*expected))
+    torch.testing.assert_close(log_prob.grad, column(*expected))
 
 
 def test_asymmetric_clip() -> None:
-    log_prob = tensor(*RATIOS).log()
-    loss, diagnostics = clipped_surrogate(log_prob, torch.zeros(6), tensor(*ADVANTAGES), 0.6, 0.05)
+    log_prob = column(*RATIOS).log()
+    loss, diagnostics = clipped_surrogate(log_prob, torch.zeros(6, 1), tensor(*ADVANTAGES), 0.6, 0.05)
     # only ratios above 1.05 are clipped: 2, 1.05, .5, -1.5, -.5, -3.3
     assert loss.item() == pytest.approx(1.75 / 6, rel=1e-5)
     assert diagnostics["clip_fraction"].item() == pytest.approx(3 / 6)
 
 
 def test_unchanged_policy() -> None:
-    log_prob = torch.randn(32, generator=torch.Generator().manual_seed(0)) * 100
+    log_prob = torch.randn(32, 1, generator=torch.Generator().manual_seed(0)) * 100
     loss, diagnostics = clipped_surrogate(log_prob, log_prob.clone(), torch.ones(32), 0.2)
     assert loss == -1
     assert diagnostics["approx_kl"] == diagnostics["clip_fraction"] == 0
@@ -58,23 +63,23 @@ def test_unchanged_policy() -> None:
 def test_k3_estimates_the_kullback_leibler_divergence() -> None:
     old, new = Normal(0.0, 1.0), Normal(0.1, 0.95)
     torch.manual_seed(0)
-    x = old.sample((200_000,))
+    x = old.sample((200_000, 1))
     _, diagnostics = clipped_surrogate(new.log_prob(x), old.log_prob(x), torch.ones(len(x)), 0.2)
     assert diagnostics["approx_kl"].item() == pytest.approx(kl_divergence(old, new).item(), rel=0.03)
     # far below float32's resolution of the ratio itself
-    tiny = torch.tensor([1e-4, -1e-4])
-    assert clipped_surrogate(tiny, torch.zeros(2), torch.ones(2), 0.2)[1]["approx_kl"].item() >= 0
+    tiny = column(1e-4, -1e-4)
+    assert clipped_surrogate(tiny, torch.zeros(2, 1), torch.ones(2), 0.2)[1]["approx_kl"].item() >= 0
 
 
 def test_runaway_ratios_stay_finite() -> None:
-    log_prob = tensor(500.0, -500.0, 500.0).requires_grad_()
-    loss, diagnostics = clipped_surrogate(log_prob, torch.zeros(3), tensor(-1.0, 1.0, 1.0), 0.2)
+    log_prob = column(500.0, -500.0, 500.0).requires_grad_()
+    loss, diagnostics = clipped_surrogate(log_prob, torch.zeros(3, 1), tensor(-1.0, 1.0, 1.0), 0.2)
     loss.backward()
     assert loss.isfinite()
     assert log_prob.grad is not None
     assert log_prob.grad.isfinite().all()
     assert all(value.isfinite() for value in diagnostics.values())
-    broken, _ = clipped_surrogate(tensor(math.nan), torch.zeros(1), torch.ones(1), 0.2)
+    broken, _ = clipped_surrogate(column(math.nan), torch.zeros(1, 1), torch.ones(1), 0.2)
     assert broken.isnan()
 
 
@@ -125,14 +130,19 @@ def test_explained_variance_of_two_processes_is_that_of_all_samples() -> None:
 
 def test_losses_reject() -> None:
     x = torch.zeros(3)
+    units = torch.zeros(3, 2)
     with pytest.raises(ValueError, match="clip_range=0.0"):
-        clipped_surrogate(x, x, x, 0.0)
+        clipped_surrogate(units, units, x, 0.0)
     with pytest.raises(ValueError, match="clip_range_high=-0.1"):
-        clipped_surrogate(x, x, x, 0.2, -0.1)
-    with pytest.raises(ValueError, match="same"):
-        clipped_surrogate(x, x, x[:, None], 0.2)
+        clipped_surrogate(units, units, x, 0.2, -0.1)
+    with pytest.raises(ValueError, match=r"must be \(N, U\), \(N, U\) and \(N,\)"):
+        clipped_surrogate(units, units, x[:, None], 0.2)
+    with pytest.raises(ValueError, match=r"`log_prob` has shape \(3,\)"):
+        clipped_surrogate(x, x, x, 0.2)
+    with pytest.raises(ValueError, match=r"`old_log_prob` \(3, 1\)"):
+        clipped_surrogate(units, units[:, :1], x, 0.2)
     with pytest.raises(ValueError, match="at least 1"):
-        clipped_surrogate(x[:0], x[:0], x[:0], 0.2)
+        clipped_surrogate(units[:0], units[:0], x[:0], 0.2)
     with pytest.raises(ValueError, match="huber_delta=-1.0"):
         clipped_value_loss(x, x, x, clip_range=0.2, huber_delta=-1.0)
     with pytest.raises(ValueError, match="same"):
