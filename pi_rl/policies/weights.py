@@ -113,7 +113,7 @@ def build_with_weights(build: Callable[[], nn.Module], path: Path) -> nn.Module:
     tensors = canonical_policy_tensors(tensors, expected)
     check_tensors(tensors, expected, str(path))
     owned = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
-    if owned[_VLM_HEAD].data_ptr() == owned[_EMBEDDING].data_ptr():
+    if _VLM_HEAD in owned and owned[_VLM_HEAD].data_ptr() == owned[_EMBEDDING].data_ptr():
         owned[_VLM_HEAD] = owned[_VLM_HEAD].clone()  # the model keeps two tensors; sharing one would train both
     policy.load_state_dict(owned, strict=True, assign=True)
     return policy
