@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pi_rl.rl.advantages import gae, normalize_advantages
+from pi_rl.rl.advantages import gae, group_advantages, informative_groups, normalize_advantages, two_layer_gae
 
 
 def column(*numbers: float, dtype: torch.dtype = torch.float64) -> torch.Tensor:
@@ -20,6 +20,7 @@ def flags(*numbers: int) -> torch.Tensor:
 def reference(rewards, values, next_values, terminated, done, valid, gamma, lam):
     """Eq. of GAE as a double sum over the steps that follow within the same stretch, in float64."""
     steps, envs = rewards.shape
+    gamma, lam = np.broadcast_to(gamma, rewards.shape), np.broadcast_to(lam, rewards.shape)
     advantages = np.zeros((steps, envs))
     for env in range(envs):
         for start in range(steps):
@@ -28,10 +29,10 @@ def reference(rewards, values, next_values, terminated, done, valid, gamma, lam)
                 if not valid[t, env]:
                     break
                 bootstrap = 0.0 if terminated[t, env] else next_values[t, env]
-                advantages[start, env] += weight * (rewards[t, env] + gamma * bootstrap - values[t, env])
+                advantages[start, env] += weight * (rewards[t, env] + gamma[t, env] * bootstrap - values[t, env])
                 if done[t, env]:
                     break
-                weight *= gamma * lam
+                weight *= gamma[t, env] * lam[t, env]
     return advantages, np.where(valid, advantages + values, 0.0)
 
 
@@ -126,6 +127,140 @@ def test_against_the_double_sum(trajectory) -> None:
         assert torch.equal(plain[0], got[0])
 
 
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(trajectories(), st.sampled_from(["scalar", "chunk", "environment", "both"]))
+def test_coefficients_may_differ_by_step(trajectory, kind: str) -> None:
+    rewards, values, next_values, terminated, done, valid, _, _ = trajectory
+    steps, envs = rewards.shape
+    shape = {"scalar": (), "chunk": (steps, 1), "environment": (envs,), "both": (steps, envs)}[kind]
+    gamma, lam = np.random.default_rng(steps).random((2, *shape))
+    got = gae(
+        *(torch.from_numpy(array) for array in (rewards, values, next_values, terminated, done)),
+        gamma=torch.tensor(gamma),
+        gae_lambda=torch.tensor(lam),
+        valid=torch.from_numpy(valid),
+    )
+    expected = reference(rewards, values, next_values, terminated, done, valid, gamma, lam)
+    for tensor, array in zip(got, expected, strict=True):
+        np.testing.assert_allclose(tensor.numpy(), array, rtol=1e-10, atol=1e-10)
+
+
+def two_layer_reference(rewards, values, next_values, terminated, done, valid, gamma, lam, inner_gamma, inner_lam):
+    """Walks through every later transition of every transition, in float64; arrays as of `two_layer_gae`."""
+    chunks, transitions, envs = values.shape
+    advantages = np.zeros(values.shape)
+    for env in range(envs):
+        for start in range(chunks * transitions):
+            weight = 1.0
+            for position in range(start, chunks * transitions):
+                t, s = divmod(position, transitions)
+                if not valid[t, env]:
+                    break
+                if s < transitions - 1:
+                    delta = inner_gamma * values[t, s + 1, env] - values[t, s, env]
+                    weight, used = weight * inner_gamma * inner_lam, weight
+                else:
+                    bootstrap = 0.0 if terminated[t, env] else gamma * next_values[t, env]
+                    delta = rewards[t, env] + bootstrap - values[t, s, env]
+                    weight, used = (0.0 if done[t, env] else weight * gamma * lam), weight
+                advantages[start // transitions, start % transitions, env] += used * delta
+    return advantages, np.where(valid[:, None], advantages + values, 0.0)
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(trajectories(), st.integers(1, 4), st.floats(0, 1), st.floats(0, 1))
+def test_two_layers_against_the_walk(trajectory, transitions: int, inner_gamma: float, inner_lam: float) -> None:
+    rewards, first, next_values, terminated, done, valid, gamma, lam = trajectory
+    steps, envs = rewards.shape
+    values = np.random.default_rng(transitions).normal(size=(steps, transitions, envs))
+    values[:, 0] = first
+    arrays = (rewards, values, next_values, terminated, done, valid)
+    expected = two_layer_reference(*arrays, gamma, lam, inner_gamma, inner_lam)
+    options = {"gamma": gamma, "gae_lambda": lam, "denoising_gamma": inner_gamma, "denoising_lambda": inner_lam}
+    tensors = [torch.from_numpy(array.copy()) for array in arrays]
+    got = two_layer_gae(*tensors[:5], valid=tensors[5], **options)
+    for tensor, array in zip(got, expected, strict=True):
+        assert tensor.shape == (steps, transitions, envs)
+        np.testing.assert_allclose(tensor.numpy(), array, rtol=1e-10, atol=1e-10)
+    for tensor in tensors[:3]:  # what stands in masked chunks is of no consequence
+        hidden = ~tensors[5] if tensor.ndim == 2 else ~tensors[5][:, None].expand(tensor.shape)
+        tensor.masked_fill_(hidden, torch.nan)
+    again = two_layer_gae(*tensors[:5], valid=tensors[5], **options)
+    assert torch.equal(again[0], got[0])
+    assert torch.equal(again[1], got[1])
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(trajectories(), st.integers(1, 5))
+def test_two_layers_of_equal_values_give_the_chunks_advantage(trajectory, transitions: int) -> None:
+    *arrays, valid, gamma, lam = trajectory
+    rewards, values, next_values, terminated, done = (torch.from_numpy(array) for array in arrays)
+    options = {"gamma": gamma, "gae_lambda": lam, "valid": torch.from_numpy(valid)}
+    per_chunk = gae(rewards, values, next_values, terminated, done, **options)
+    copies = values[:, None].expand(-1, transitions, -1)
+    per_step = two_layer_gae(rewards, copies, next_values, terminated, done, **options)
+    for chunk, step in zip(per_chunk, per_step, strict=True):
+        # the same operations in the same order: not a bit differs
+        assert torch.equal(step, chunk[:, None].expand(-1, transitions, -1))
+
+
+def test_two_layers_by_hand() -> None:
+    """Two chunks of two transitions; the second chunk ends the episode with reward 1."""
+    values = torch.tensor([[0.1, 0.2], [0.3, 0.4]], dtype=torch.float64)[..., None]
+    rewards, next_values, ends = column(0, 1), column(0.3, 9), flags(0, 1)
+    advantages, returns = two_layer_gae(
+        rewards,
+        values,
+        next_values,
+        ends,
+        ends,
+        gamma=0.9,
+        gae_lambda=0.8,
+        denoising_gamma=0.5,
+        denoising_lambda=0.6,
+    )
+    last = 1 - 0.4
+    third = 0.5 * 0.4 - 0.3 + 0.5 * 0.6 * last
+    second = 0.9 * 0.3 - 0.2 + 0.9 * 0.8 * third
+    first = 0.5 * 0.2 - 0.1 + 0.5 * 0.6 * second
+    expected = torch.tensor([[first, second], [third, last]], dtype=torch.float64)[..., None]
+    torch.testing.assert_close(advantages, expected)
+    torch.testing.assert_close(returns, expected + values)
+
+
+@pytest.mark.parametrize("transitions", [1, 3])
+def test_constant_reward_for_ever_in_two_layers(transitions: int) -> None:
+    gamma, steps = 0.9, 600
+    ones, never = torch.ones(steps, 2, dtype=torch.float64), torch.zeros(steps, 2, dtype=torch.bool)
+    exact = torch.full((steps, transitions, 2), 1 / (1 - gamma), dtype=torch.float64)
+    advantages, _ = two_layer_gae(ones, exact, exact[:, 0], never, never, gamma=gamma, gae_lambda=0.95)
+    torch.testing.assert_close(advantages, torch.zeros_like(exact))
+    zeros = torch.zeros_like(exact)
+    _, returns = two_layer_gae(ones, zeros, zeros[:, 0], never, never, gamma=gamma, gae_lambda=1.0)
+    torch.testing.assert_close(returns[0], exact[0])
+    # a denoising discount is paid once for every transition before the last
+    _, discounted = two_layer_gae(
+        ones[:1], zeros[:1], zeros[:1, 0], never[:1], never[:1], gamma=gamma, gae_lambda=1.0, denoising_gamma=0.5
+    )
+    expected = 0.5 ** torch.arange(transitions - 1, -1, -1, dtype=torch.float64)
+    torch.testing.assert_close(discounted[0, :, 0], expected)
+
+
+def test_two_layer_gae_rejects() -> None:
+    x, values, never = torch.zeros(2, 1), torch.zeros(2, 3, 1), flags(0, 0)
+    options = {"gamma": 0.99, "gae_lambda": 0.95}
+    with pytest.raises(ValueError, match=r"must be \(T, S, B\)"):
+        two_layer_gae(x, x, x, never, never, **options)
+    with pytest.raises(ValueError, match=r"`rewards` has shape \(2, 3, 1\)"):
+        two_layer_gae(values, values, x, never, never, **options)
+    with pytest.raises(ValueError, match="not done"):
+        two_layer_gae(x, values, x, ~never, never, **options)
+    with pytest.raises(ValueError, match="`denoising_gamma=2.0` is outside"):
+        two_layer_gae(x, values, x, never, never, **options, denoising_gamma=2.0)
+    with pytest.raises(ValueError, match="`denoising_lambda=-1.0` is outside"):
+        two_layer_gae(x, values, x, never, never, **options, denoising_lambda=-1.0)
+
+
 def test_result_is_float32_for_half_precision_values() -> None:
     values, never = torch.ones(2, 1, dtype=torch.bfloat16), flags(0, 0)
     advantages, returns = gae(values, values, values, never, never, gamma=0.99, gae_lambda=0.95)
@@ -143,6 +278,10 @@ def test_gae_rejects() -> None:
         gae(x, x, x, never, x, **options)
     with pytest.raises(ValueError, match="`gamma=1.5`"):
         gae(x, x, x, never, never, gamma=1.5, gae_lambda=0.95)
+    with pytest.raises(ValueError, match="is outside"):
+        gae(x, x, x, never, never, gamma=0.9, gae_lambda=torch.tensor([[0.5], [math.nan]]))
+    with pytest.raises(ValueError, match=r"must broadcast to \(2, 1\)"):
+        gae(x, x, x, never, never, gamma=torch.ones(3, 1), gae_lambda=0.95)
     with pytest.raises(ValueError, match="at least one chunk"):
         gae(x[:0], x[:0], x[:0], never[:0], never[:0], **options)
 
@@ -182,3 +321,45 @@ def test_equal_advantages_become_zero() -> None:
     assert len(normalize_advantages(torch.zeros(0), reduce=None)) == 0
     with pytest.raises(ValueError, match=r"\(N,\)"):
         normalize_advantages(torch.zeros(2, 3), reduce=None)
+
+
+def test_group_advantages_by_hand() -> None:
+    """Groups in any order: {1, 0, 0} has mean 1/3 and unbiased std sqrt(1/3), {2, 4} mean 3 and std sqrt(2)."""
+    returns, groups = torch.tensor([1.0, 2.0, 0.0, 5.0, 0.0, 5.0, 4.0, 7.0]), torch.tensor([9, -3, 9, 4, 9, 4, -3, 0])
+    third, half = math.sqrt(1 / 3) + 1e-6, math.sqrt(2) + 1e-6
+    expected = [2 / 3 / third, -1 / half, -1 / 3 / third, 0, -1 / 3 / third, 0, 1 / half, 0]
+    got = group_advantages(returns, groups)
+    assert got.dtype == torch.float32
+    torch.testing.assert_close(got, torch.tensor(expected))
+    assert informative_groups(returns, groups).tolist() == [True, True, True, False, True, False, True, False]
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(0, 30), st.integers(1, 6), st.integers(0, 2**32 - 1), st.booleans())
+def test_group_advantages_against_numpy(episodes: int, names: int, seed: int, sparse: bool) -> None:
+    rng = np.random.default_rng(seed)
+    groups = rng.integers(-5, -5 + names, size=episodes)
+    returns = rng.integers(0, 2, size=episodes).astype(float) if sparse else 1e4 + rng.normal(size=episodes)
+    expected, informative = np.zeros(episodes), np.zeros(episodes, bool)
+    for name in set(groups):
+        rows = groups == name
+        if len(set(returns[rows])) > 1:
+            informative[rows] = True
+            expected[rows] = (returns[rows] - returns[rows].mean()) / (returns[rows].std(ddof=1) + 1e-6)
+    tensors = torch.from_numpy(returns), torch.from_numpy(groups)
+    np.testing.assert_allclose(group_advantages(*tensors).numpy(), expected, rtol=1e-7, atol=1e-7)
+    assert informative_groups(*tensors).tolist() == informative.tolist()
+
+
+def test_groups_of_equal_returns_say_nothing_at_all() -> None:
+    # 0.1 has no exact binary form: the mean of equal returns may differ from them by rounding
+    returns, groups = torch.full((12,), 0.1), torch.arange(12) % 2
+    assert not group_advantages(returns, groups).any()
+    assert not informative_groups(returns, groups).any()
+
+
+def test_group_functions_reject() -> None:
+    for function in (group_advantages, informative_groups):
+        for groups in (torch.zeros(3), torch.zeros(2, dtype=torch.int64)):
+            with pytest.raises(ValueError, match=r"must be \(E,\) and int64 \(E,\)"):
+                function(torch.zeros(3), groups)

@@ -44,6 +44,46 @@ def test_clipped_surrogate_by_hand() -> None:
     torch.testing.assert_close(log_prob.grad, column(*expected))
 
 
+def test_units_share_an_advantage_and_add_up() -> None:
+    log_prob = tensor(*RATIOS).log().view(3, 2).requires_grad_()
+    loss, diagnostics = clipped_surrogate(log_prob, torch.zeros(3, 2), tensor(2.0, 1.0, -3.0), 0.2)
+    # rows of ratios (1, 1.5), (.5, 1.5), (.5, 1.1): 2 + 2.4, .5 + 1.2, -2.4 - 3.3
+    assert loss.item() == pytest.approx(-(4.4 + 1.7 - 5.7) / 3, rel=1e-5)
+    assert diagnostics["clip_fraction"].item() == pytest.approx(4 / 6)
+    assert diagnostics["ratio_mean"].item() == pytest.approx(sum(RATIOS) / 6)
+    k3 = sum(r - 1 - math.log(r) for r in RATIOS) / 3
+    assert diagnostics["approx_kl"].item() == pytest.approx(k3, rel=1e-5)
+    loss.backward()
+    expected = torch.tensor([[-2.0, 0.0], [-0.5, 0.0], [0.0, 3.3]]) / 3
+    torch.testing.assert_close(log_prob.grad, expected)
+
+
+def test_an_unchanged_policy_has_the_chunks_gradient_at_every_level() -> None:
+    """At ratio 1 the gradient is that of A times the sum of the units' log-probs, however it is cut into units."""
+    generator = torch.Generator().manual_seed(0)
+    old, advantages = torch.randn(16, 6, generator=generator), torch.randn(16, generator=generator)
+    for cut in (1, 2, 3, 6):
+        parts = old.clone().requires_grad_()
+        units = parts.view(16, cut, 6 // cut).sum(2)
+        loss, _ = clipped_surrogate(units, units.detach(), advantages, 0.2)
+        loss.backward()
+        torch.testing.assert_close(parts.grad, (-advantages / 16)[:, None].expand(-1, 6))
+        assert loss.item() == pytest.approx(-cut * advantages.mean().item(), rel=1e-5)
+
+
+def test_the_divergence_of_independent_units_adds_up() -> None:
+    old, new = Normal(0.0, 1.0), Normal(0.05, 0.97)
+    torch.manual_seed(0)
+    x = old.sample((100_000, 4))
+    units = clipped_surrogate(new.log_prob(x), old.log_prob(x), torch.ones(len(x)), 0.2)[1]["approx_kl"]
+    joint = clipped_surrogate(
+        new.log_prob(x).sum(1, keepdim=True), old.log_prob(x).sum(1, keepdim=True), torch.ones(len(x)), 0.2
+    )[1]["approx_kl"]
+    exact = 4 * kl_divergence(old, new).item()
+    assert units.item() == pytest.approx(exact, rel=0.03)
+    assert joint.item() == pytest.approx(exact, rel=0.03)
+
+
 def test_asymmetric_clip() -> None:
     log_prob = column(*RATIOS).log()
     loss, diagnostics = clipped_surrogate(log_prob, torch.zeros(6, 1), tensor(*ADVANTAGES), 0.6, 0.05)
