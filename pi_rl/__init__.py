@@ -11,16 +11,21 @@ from pi_rl.__about__ import __version__
 
 if TYPE_CHECKING:
     from pi_rl.envs.registry import make_env
-    from pi_rl.pipeline import RecipeArguments, recipe_main, run_recipe
+    from pi_rl.pipeline import recipe_main, run_recipe
     from pi_rl.policies.checkpoints import load_policy
+    from pi_rl.recipe_arguments import RecipeArguments
     from pi_rl.rollout.evaluator import evaluate_policy
+    from pi_rl.trainer.flow_grpo_config import FlowGRPOConfig
+    from pi_rl.trainer.flow_grpo_trainer import FlowGRPOTrainer
     from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
     from pi_rl.trainer.flow_ppo_trainer import FlowPPOTrainer
 
 _HOME = {
+    "FlowGRPOConfig": "pi_rl.trainer.flow_grpo_config",
+    "FlowGRPOTrainer": "pi_rl.trainer.flow_grpo_trainer",
     "FlowPPOConfig": "pi_rl.trainer.flow_ppo_config",
     "FlowPPOTrainer": "pi_rl.trainer.flow_ppo_trainer",
-    "RecipeArguments": "pi_rl.pipeline",
+    "RecipeArguments": "pi_rl.recipe_arguments",
     "evaluate_policy": "pi_rl.rollout.evaluator",
     "load_policy": "pi_rl.policies.checkpoints",
     "make_env": "pi_rl.envs.registry",
@@ -29,6 +34,8 @@ _HOME = {
 }
 
 __all__ = [
+    "FlowGRPOConfig",
+    "FlowGRPOTrainer",
     "FlowPPOConfig",
     "FlowPPOTrainer",
     "RecipeArguments",

@@ -19,69 +19,17 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from pi_rl.__about__ import package_versions
-from pi_rl.arguments import dump_config, option, parse_recipe_arguments
+from pi_rl.arguments import dump_config, parse_recipe_arguments
 from pi_rl.progress import Progress, say
+from pi_rl.recipe_arguments import RecipeArguments
 
 if TYPE_CHECKING:
     from pi_rl.envs.vector_env import EnvSpec
-    from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
+    from pi_rl.trainer.flow_config import FlowConfig
+    from pi_rl.trainer.flow_trainer import FlowTrainer
 
 CONFIG_NAME, STAGES_NAME = "pi_rl_config.yaml", "stages.json"
 DATASET_ID = "local/demonstrations"
-MODEL, ENVIRONMENT, DEMOS, SFT = "Policy", "Environment", "Demonstrations", "Supervised fine-tuning"
-
-
-@dataclass
-class RecipeArguments:
-    """What a recipe needs beside the PPO configuration; ``--help`` prints every field's text."""
-
-    model: str | None = option(
-        None,
-        MODEL,
-        "Hub id or folder of the policy RL starts from; default: a small one, demonstrated and fine-tuned here",
-    )
-    model_license: str = option("other", MODEL, "licence of that policy's weights, for the model card, e.g. gemma")
-    small_model: str = option("pi0", MODEL, "class of the small policy: pi0 or pi05")
-    small_model_sizes: dict[str, Any] = option({}, MODEL, "sizes of the small policy, e.g. {vlm_width: 64, depth: 2}")
-    image_resolution: int = option(64, MODEL, "side of the small policy's image input in pixels")
-    chunk_size: int = option(5, MODEL, "H, actions that the small policy predicts at once")
-
-    env: str = option("metaworld:handle-press-v3", ENVIRONMENT, "environment, e.g. metaworld:task[,task…]")
-    env_options: dict[str, Any] = option({}, ENVIRONMENT, "options of the environment, e.g. {image_size: 64}")
-    blind: bool = option(False, ENVIRONMENT, "control run: the policy sees a constant image throughout")
-
-    demos_per_task: int = option(40, DEMOS, "successful scripted episodes per task")
-    demo_noise_std: float = option(0.5, DEMOS, "noise on the experts' actions, which lie in [-1, 1]")
-    demo_noise_rho: float = option(0.8, DEMOS, "correlation of that noise from step to step")
-    demo_noise_window: int = option(20, DEMOS, "noise is on or off in windows of so many steps; 0: always on")
-    demo_max_speed: float = option(1.0, DEMOS, "largest component of the experts' own actions; below 1 they are slow")
-    demo_max_steps: int = option(150, DEMOS, "steps after which an attempt is given up")
-
-    sft_steps: int = option(800, SFT, "optimiser steps")
-    sft_batch_size: int = option(64, SFT, "samples per step")
-    sft_learning_rate: float = option(1e-3, SFT, "peak learning rate")
-
-    video: bool = option(True, "Result", "film the same initial state before and after RL")
-
-    def __post_init__(self) -> None:
-        if self.small_model not in ("pi0", "pi05"):
-            raise ValueError(f"small_model={self.small_model!r} is unknown; choose pi0 or pi05.")
-        if "blind" in self.env_options:
-            raise ValueError("env_options must not set blind; use the option of that name, --blind.")
-        ranges = {
-            "demo_noise_std": (self.demo_noise_std >= 0, "0 or more"),
-            "demo_noise_rho": (0 <= self.demo_noise_rho < 1, "at least 0 and below 1"),
-            "demo_noise_window": (self.demo_noise_window >= 0, "0 or more"),
-            "demo_max_speed": (0 < self.demo_max_speed <= 1, "above 0 and at most 1"),
-            "demo_max_steps": (self.demo_max_steps >= 1, "at least 1"),
-            "sft_learning_rate": (self.sft_learning_rate > 0, "above 0"),
-        }
-        for name, (fine, allowed) in ranges.items():
-            if not fine:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed: it must be {allowed}.")
-        for name in ("demos_per_task", "sft_steps", "sft_batch_size", "chunk_size", "image_resolution"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} is not allowed: it must be at least 1.")
 
 
 class RecipeError(ValueError):
@@ -102,7 +50,8 @@ class _Run:
     """One run's settings, folder and minutes per stage; ``before`` are those of an earlier, killed process."""
 
     recipe: RecipeArguments
-    ppo: "FlowPPOConfig"
+    rl: "FlowConfig"
+    algorithm: str
     command: str
     minutes: dict[str, float] = field(default_factory=dict)
     before: dict[str, float] = field(default_factory=dict)
@@ -118,11 +67,11 @@ class _Run:
     @property
     def folder(self) -> Path:
         """Where everything of the run is written."""
-        return Path(self.ppo.output_dir)
+        return Path(self.rl.output_dir)
 
     @property
     def is_main(self) -> bool:
-        return self.ppo.process_index == 0
+        return self.rl.process_index == 0
 
     @property
     def env_options(self) -> dict[str, Any]:
@@ -166,10 +115,11 @@ def recipe_main(
     argv: Sequence[str] | None = None,
     *,
     output_dir: str = "outputs/run",
+    algorithm: str = "ppo",
 ) -> None:
     """:func:`run_recipe` as a program: what the user can put right is printed in one paragraph, with exit code 2."""
     try:
-        run_recipe(description, default_config, noise, argv, output_dir=output_dir)
+        run_recipe(description, default_config, noise, argv, output_dir=output_dir, algorithm=algorithm)
     except RecipeError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -182,6 +132,7 @@ def run_recipe(
     argv: Sequence[str] | None = None,
     *,
     output_dir: str = "outputs/run",
+    algorithm: str = "ppo",
 ) -> Path:
     """Runs a recipe from its command line.
 
@@ -191,6 +142,7 @@ def run_recipe(
         noise: Exploration noise, unless a file or the command line says otherwise.
         argv: Arguments; the process's by default.
         output_dir: The run's folder, unless a file or the command line says otherwise.
+        algorithm: "ppo" or "grpo".
 
     Returns:
         The run's output folder.
@@ -201,30 +153,34 @@ def run_recipe(
     import torch
 
     from pi_rl.envs.registry import check_name_and_options
-    from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     with _set_up():
-        recipe, ppo = parse_recipe_arguments(
-            (RecipeArguments, FlowPPOConfig),
+        recipe, config = parse_recipe_arguments(
+            (RecipeArguments, _config_class(algorithm)),
             default_config=default_config,
             defaults={"noise": noise, "output_dir": output_dir},
             description=description,
             argv=arguments,
         )
-    if ppo.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+    if config.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # small models lose more than they gain by threads, and simulators want the cores
-    run = _Run(recipe, ppo, shlex.join(["accelerate", "launch", f"recipes/{Path(sys.argv[0]).name}", *arguments]))
+    run = _Run(
+        recipe,
+        config,
+        algorithm,
+        shlex.join(["accelerate", "launch", f"recipes/{Path(sys.argv[0]).name}", *arguments]),
+    )
     with _set_up():
         spec = check_name_and_options(recipe.env, run.env_options)
-        _check_together(recipe, ppo, spec)
+        _check_together(recipe, config, spec)
         _prepare_folder(run)
     run.continue_clock()
-    say(ppo.arithmetic, enabled=run.is_main)
-    policy_path: str | Path = recipe.model or run.folder / ("init" if ppo.dry_run else "sft")
+    say(config.arithmetic, enabled=run.is_main)
+    policy_path: str | Path = recipe.model or run.folder / ("init" if config.dry_run else "sft")
     try:
         if recipe.model is None and run.is_main:
-            if ppo.dry_run:
+            if config.dry_run:
                 _create_small_policy(run, spec)
             else:
                 _make_sft_policy(run, spec)
@@ -236,19 +192,43 @@ def run_recipe(
     return run.folder
 
 
-def _check_together(recipe: RecipeArguments, ppo: "FlowPPOConfig", spec: "EnvSpec") -> None:
+def _config_class(algorithm: str) -> "type[FlowConfig]":
+    from pi_rl.trainer.flow_grpo_config import FlowGRPOConfig
+    from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
+
+    return {"ppo": FlowPPOConfig, "grpo": FlowGRPOConfig}[algorithm]
+
+
+def _trainer_class(algorithm: str) -> "type[FlowTrainer]":
+    from pi_rl.trainer.flow_grpo_trainer import FlowGRPOTrainer
+    from pi_rl.trainer.flow_ppo_trainer import FlowPPOTrainer
+
+    return {"ppo": FlowPPOTrainer, "grpo": FlowGRPOTrainer}[algorithm]
+
+
+def _peft_config(recipe: RecipeArguments) -> Any:
+    """LoRA of the VLM as the command line describes it, or None."""
+    if recipe.lora_rank == 0:
+        return None
+    from pi_rl.policies.lora import vlm_lora_config
+
+    return vlm_lora_config(recipe.lora_rank, recipe.lora_alpha, recipe.lora_target_modules or None)
+
+
+def _check_together(recipe: RecipeArguments, rl: "FlowConfig", spec: "EnvSpec") -> None:
     """What would otherwise be found only after demonstrations and SFT."""
-    from pi_rl.rollout.collector import check_tasks_share_envs
+    from pi_rl.rollout.collector import check_groups
     from pi_rl.rollout.evaluator import evaluation_ids
 
-    if recipe.model is None and (ppo.n_action_steps or 1) > recipe.chunk_size:
+    if recipe.model is None and (rl.n_action_steps or 1) > recipe.chunk_size:
         raise ValueError(
-            f"n_action_steps={ppo.n_action_steps} is more than the chunk_size={recipe.chunk_size} actions that the "
+            f"n_action_steps={rl.n_action_steps} is more than the chunk_size={recipe.chunk_size} actions that the "
             "policy predicts; lower the one or raise the other."
         )
-    if ppo.planned_eval_episodes:
-        evaluation_ids(len(spec.tasks), ppo.planned_eval_episodes)
-    check_tasks_share_envs(ppo.num_envs // ppo.world_size, len(spec.tasks))
+    if rl.planned_eval_episodes:
+        evaluation_ids(len(spec.tasks), rl.planned_eval_episodes)
+    group_size = getattr(rl, "group_size", 1)
+    check_groups(rl.num_envs // rl.world_size, group_size, len(spec.tasks), auto_reset=rl.auto_reset)
 
 
 def _prepare_folder(run: _Run) -> None:
@@ -257,7 +237,7 @@ def _prepare_folder(run: _Run) -> None:
 
     config = run.folder / CONFIG_NAME
     if run.is_main:
-        finished = RESULTS_NAME if run.ppo.planned_eval_episodes else "trainer_state.json"
+        finished = RESULTS_NAME if run.rl.planned_eval_episodes else "trainer_state.json"
         if (run.folder / finished).exists():
             raise ValueError(
                 f"{run.folder} holds a finished run ({finished} is there). Give another --output_dir, or delete it."
@@ -265,7 +245,7 @@ def _prepare_folder(run: _Run) -> None:
         run.claimed = not config.exists()
         run.folder.mkdir(parents=True, exist_ok=True)
         partial = run.folder / f".{CONFIG_NAME}.new"
-        dump_config((run.recipe, run.ppo), partial)
+        dump_config((run.recipe, run.rl), partial)
         if config.exists() and config.read_text() != partial.read_text():
             old, new = config.read_text().splitlines(), partial.read_text().splitlines()
             partial.unlink()
@@ -299,11 +279,11 @@ def _make_sft_policy(run: _Run, spec: "EnvSpec") -> None:
     from pi_rl.envs.workers import available_cores
     from pi_rl.trainer.sft import run_sft
 
-    recipe, ppo, folder = run.recipe, run.ppo, run.folder
+    recipe, rl, folder = run.recipe, run.rl, run.folder
     if (folder / "sft").is_dir():
         say(f"\nUsing the fine-tuned policy in {folder / 'sft'}.")
         return
-    workers = ppo.env_workers or available_cores()
+    workers = rl.env_workers or available_cores()
     with run.stage("demonstrations", f"1. Demonstrations: scripted experts in {recipe.env}"):
         with _set_up():
             init = _create_small_policy(run, spec)
@@ -320,7 +300,7 @@ def _make_sft_policy(run: _Run, spec: "EnvSpec") -> None:
                     noise_window=recipe.demo_noise_window,
                     max_speed=recipe.demo_max_speed,
                     max_steps=recipe.demo_max_steps,
-                    seed=ppo.seed,
+                    seed=rl.seed,
                     progress=Progress("demonstrations", "episode"),
                 )
                 say(f"  {summary}")
@@ -333,8 +313,8 @@ def _make_sft_policy(run: _Run, spec: "EnvSpec") -> None:
             steps=recipe.sft_steps,
             batch_size=recipe.sft_batch_size,
             learning_rate=recipe.sft_learning_rate,
-            seed=ppo.seed,
-            device=ppo.device.type,
+            seed=rl.seed,
+            device=rl.device.type,
             progress=Progress("SFT", "step"),
         )
 
@@ -343,7 +323,7 @@ def _create_small_policy(run: _Run, spec: "EnvSpec") -> Path:
     """An untrained small policy that fits the environment."""
     from pi_rl.policies.small.create import create_small_policy
 
-    recipe, ppo = run.recipe, run.ppo
+    recipe, rl = run.recipe, run.rl
     return create_small_policy(
         recipe.small_model,
         cameras=spec.cameras,
@@ -351,33 +331,33 @@ def _create_small_policy(run: _Run, spec: "EnvSpec") -> Path:
         action_dim=spec.action_dim,
         image_size=recipe.image_resolution,
         chunk_size=recipe.chunk_size,
-        n_action_steps=ppo.n_action_steps or recipe.chunk_size,
-        denoising_steps=ppo.denoising_steps,
+        n_action_steps=rl.n_action_steps or recipe.chunk_size,
+        denoising_steps=rl.denoising_steps,
         instructions=spec.instructions,
         output_dir=run.folder / "init",
-        seed=ppo.seed,
+        seed=rl.seed,
         **recipe.small_model_sizes,
     )
 
 
 def _reinforce(run: _Run, policy_path: str | Path) -> None:
-    """Baseline evaluation, PPO, final evaluation, results."""
-    from pi_rl.trainer.flow_ppo_trainer import FlowPPOTrainer
-
-    ppo = run.ppo
-    ppo.eval_on_start = False
+    """Baseline evaluation, RL, final evaluation, results."""
+    rl = run.rl
+    rl.eval_on_start = False
     with _set_up():
-        trainer = FlowPPOTrainer(policy_path, ppo, run.recipe.env, run.env_options)
+        trainer = _trainer_class(run.algorithm)(
+            policy_path, rl, run.recipe.env, run.env_options, peft_config=_peft_config(run.recipe)
+        )
     try:
-        if ppo.dry_run:
+        if rl.dry_run:
             _dry_run(run, trainer)
             return
-        evaluated = ppo.eval_episodes > 0
+        evaluated = rl.eval_episodes > 0
         if evaluated:
-            with run.stage("baseline", f"3. Baseline: deterministic policy on {ppo.eval_episodes} fixed states"):
+            with run.stage("baseline", f"3. Baseline: deterministic policy on {rl.eval_episodes} fixed states"):
                 trainer.evaluate()
                 before = trainer.last_evaluation
-        with run.stage("rl", f"4. RL: PPO with {ppo.noise}, {ppo.num_iterations} iterations"):
+        with run.stage("rl", f"4. RL: {run.algorithm.upper()} with {rl.noise}, {rl.num_iterations} iterations"):
             trainer.train(resume_from_checkpoint=_last_checkpoint(run.folder))
         trainer.save_model(str(run.folder / "policy"))
         if run.is_main:
@@ -418,27 +398,27 @@ def _report(run: _Run, trainer: Any, policy_path: str | Path, before: Any, after
     from pi_rl.hub.plots import plot_learning_curve
     from pi_rl.hub.results import RunResults, results_table, write_results
 
-    folder, ppo, recipe = run.folder, run.ppo, run.recipe
+    folder, rl, recipe = run.folder, run.rl, run.recipe
     results = RunResults(
         sft=before.summary(),
         rl=after.summary(),
         env_steps=trainer.env_steps,
         minutes={},
-        seed=ppo.seed,
-        noise=ppo.noise,
+        seed=rl.seed,
+        noise=rl.noise,
         blind=recipe.blind,
         versions=package_versions(),
         config={
             **asdict(recipe),
             "model": _model_name(recipe.model),
-            "sampler": asdict(ppo.sampler()),
-            "num_iterations": ppo.num_iterations,
+            "sampler": asdict(rl.sampler()),
+            "num_iterations": rl.num_iterations,
         },
     )
     plot_learning_curve(
         trainer.state.log_history,
         folder / "learning_curve.png",
-        title=f"{recipe.env}, {ppo.noise}, seed {ppo.seed}",
+        title=f"{recipe.env}, {rl.noise}, seed {rl.seed}",
         sft_baseline=results.sft,
         final=results.rl,
     )

@@ -48,7 +48,7 @@ def missing_files(folder: Path) -> list[str]:
 def problems_of_history(folder: Path) -> list[str]:
     """The log must hold every iteration, and each iteration's first minibatch must have ratio 1."""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    errors = [entry["ppo/ratio_error_first"] for entry in history if "ppo/ratio_error_first" in entry]
+    errors = [entry["policy/ratio_error_first"] for entry in history if "policy/ratio_error_first" in entry]
     iterations = json.loads((folder / "results.json").read_text())["config"]["num_iterations"]
     if len(errors) != iterations:
         return [f"the log holds {len(errors)} of {iterations} iterations"]

@@ -6,7 +6,7 @@ all optional but ``env_steps``; records without it are skipped:
 * ``env_steps``: training environment steps so far,
 * ``rollout/success_rate``: success of the finished training episodes of the iteration (exploring policy),
 * ``eval_success_rate``, ``eval_ci95_low``, ``eval_ci95_high``: deterministic evaluation with its interval,
-* ``ppo/approx_kl``, ``ppo/clip_fraction``, ``ppo/explained_variance``: diagnostics of the update.
+* ``policy/approx_kl``, ``policy/clip_fraction``, ``critic/explained_variance``: diagnostics of the update.
 """
 
 import math
@@ -29,9 +29,9 @@ BLUE, ORANGE, GREEN, VERMILION, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", 
 _SEED_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, VERMILION)
 TRAIN_SUCCESS = "rollout/success_rate"
 _DIAGNOSTICS = (
-    ("ppo/approx_kl", "KL of the update"),
-    ("ppo/clip_fraction", "clip fraction"),
-    ("ppo/explained_variance", "explained variance"),
+    ("policy/approx_kl", "KL of the update"),
+    ("policy/clip_fraction", "clip fraction"),
+    ("critic/explained_variance", "explained variance"),
 )
 _STYLE = {
     "font.size": 10,
@@ -192,7 +192,7 @@ def _draw_diagnostic(axes: "Axes", records: History, key: str, name: str) -> Non
     axes.set_title(name, fontsize=9, fontweight="normal", color="#444444")
     axes.tick_params(labelsize=8)
     _thousands(axes, bins=4)
-    if key == "ppo/explained_variance":
+    if key == "critic/explained_variance":
         # A diverging critic may give large negative values; the informative range is shown.
         axes.set_ylim(max(min([*values, 0.0]), -1.0) - 0.05, 1.0)
     else:

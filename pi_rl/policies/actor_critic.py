@@ -1,6 +1,7 @@
 """The one module that the trainer wraps: policy, critic and noise network behind a single `forward`."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,23 @@ from pi_rl.policies.flow_policy import FlowPolicy, Prefix
 LEARNED_NOISE = "flow_noise"
 
 
+@dataclass
+class Sample:
+    """What acting in B observations leaves behind: S transitions, U ratio units each.
+
+    Attributes:
+        chain: The denoising chains; their last states are the normalised actions.
+        log_prob: (B, S, U).
+        critic_input: (B, V, width) features of the critic, or None without a critic.
+        values: (B, S), or None without a critic.
+    """
+
+    chain: Chain
+    log_prob: Tensor
+    critic_input: Tensor | None
+    values: Tensor | None
+
+
 class FlowActorCritic(nn.Module):
     """Actor and critic of πRL.
 
@@ -22,7 +40,7 @@ class FlowActorCritic(nn.Module):
 
     Args:
         policy: The flow policy; call `policy.freeze_vlm()` before training.
-        value_head: The critic.
+        value_head: The critic; None for critic-free algorithms.
         noise_network: Standard deviations of Flow-Noise; required by it, None for everything else.
         sampler: How chains are drawn and scored.
 
@@ -33,7 +51,7 @@ class FlowActorCritic(nn.Module):
     def __init__(
         self,
         policy: FlowPolicy,
-        value_head: ValueHead,
+        value_head: ValueHead | None,
         noise_network: NoiseNetwork | None,
         sampler: FlowSampler,
     ):
@@ -61,13 +79,14 @@ class FlowActorCritic(nn.Module):
 
         Args:
             mode: One of
-                "encode": batch → `Prefix` (no gradient);
-                "sample": prefix, x_init (B, H, D), eps (B, K, H, D), step_index (B,) or None →
-                (`Chain`, log_prob (B,)) (no gradient);
+                "encode": batch → `Prefix` (gradient only where the policy's prefix is live);
+                "sample": prefix, x_init (B, H, D), eps (B, K, H, D), step_index (B,) or None → `Sample` (no gradient);
                 "ode": prefix, x_init (B, H, D), denoising_steps or None for the sampler's K →
                 normalised actions (B, H, D) (no gradient);
-                "score": prefix, chain → (`ChainScore`, values (B,)), differentiable;
-                "value": prefix → values (B,), differentiable.
+                "score": inputs (`Prefix`, or a batch to encode), chain, critic_input or None →
+                (`ChainScore`, values (M,) or None), differentiable;
+                "value": prefix, and for V_expert x_init, eps, step_index → value of the first transition (B,)
+                (no gradient).
             **inputs: Inputs of the mode.
 
         Raises:
@@ -106,18 +125,30 @@ class FlowActorCritic(nn.Module):
             for (part, decayed), parameters in groups.items()
         ]
 
-    def _velocity(self, prefix: Prefix) -> VelocityFn:
-        return lambda x, t: self.policy.velocity(prefix, x, t)
+    @property
+    def critic_per_step(self) -> bool:
+        """Whether a denoising state is valued by itself (V_expert in the two-layer MDP)."""
+        return self.sampler.mdp == "two_layer" and self.value_head is not None and self.value_head.critic == "expert"
 
-    def _encode(self, batch: dict[str, Any]) -> Prefix:
+    def _velocity(self, prefix: Prefix, features: list[Tensor] | None = None) -> VelocityFn:
+        """The policy's velocity on a prefix; the expert's output tokens of every call are added to ``features``."""
+
+        def velocity(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+            u, tokens = self.policy.velocity(prefix, x, t)
+            if features is not None:
+                features.append(tokens)
+            return u, tokens
+
+        return velocity
+
+    def _encode(self, batch: Mapping[str, Any]) -> Prefix:
         return self.policy.encode_prefix(batch)
 
     @torch.no_grad()
-    def _sample(
-        self, prefix: Prefix, x_init: Tensor, eps: Tensor, step_index: Tensor | None = None
-    ) -> tuple[Chain, Tensor]:
-        return sample_chain(
-            self._velocity(prefix),
+    def _sample(self, prefix: Prefix, x_init: Tensor, eps: Tensor, step_index: Tensor | None = None) -> Sample:
+        features: list[Tensor] = []
+        chain, log_prob = sample_chain(
+            self._velocity(prefix, features),
             x_init,
             eps,
             self.sampler,
@@ -125,6 +156,14 @@ class FlowActorCritic(nn.Module):
             step_index=step_index,
             std_fn=self.noise_network,
         )
+        if self.value_head is None:
+            return Sample(chain, log_prob, None, None)
+        critic_input = self.value_head.observe(prefix, features)
+        if self.critic_per_step:
+            values = self.value_head.per_entry(critic_input)[:, list(self.sampler.stochastic_steps)]
+        else:
+            values = self.value_head(critic_input).unsqueeze(1).expand(-1, log_prob.shape[1])
+        return Sample(chain, log_prob, critic_input, values)
 
     @torch.no_grad()
     def _ode(self, prefix: Prefix, x_init: Tensor, denoising_steps: int | None = None) -> Tensor:
@@ -132,11 +171,35 @@ class FlowActorCritic(nn.Module):
         chain, _ = sample_chain(self._velocity(prefix), x_init, None, sampler, self.policy.scored_mask())
         return chain.x[:, -1]
 
-    def _score(self, prefix: Prefix, chain: Chain) -> tuple[ChainScore, Tensor]:
+    def _score(
+        self, inputs: Prefix | Mapping[str, Any], chain: Chain, critic_input: Tensor | None = None
+    ) -> tuple[ChainScore, Tensor | None]:
+        prefix = inputs if isinstance(inputs, Prefix) else self._encode(inputs)
         score = score_chain(
             self._velocity(prefix), chain, self.sampler, self.policy.scored_mask(), std_fn=self.noise_network
         )
-        return score, self.value_head(prefix)
+        if self.value_head is None or critic_input is None:
+            return score, None
+        return score, self.value_head(critic_input)
 
-    def _value(self, prefix: Prefix) -> Tensor:
-        return self.value_head(prefix)
+    @torch.no_grad()
+    def _value(
+        self,
+        prefix: Prefix,
+        x_init: Tensor | None = None,
+        eps: Tensor | None = None,
+        step_index: Tensor | None = None,
+    ) -> Tensor:
+        if self.value_head is None:
+            raise ValueError("this model has no critic, hence no values; build it with a value head.")
+        if self.value_head.critic == "vlm":
+            return self.value_head(self.value_head.observe(prefix))
+        if x_init is None or eps is None:
+            raise ValueError("critic 'expert' values an observation by its denoising chain; pass x_init and eps.")
+        if self.critic_per_step:
+            t = torch.ones(len(x_init), device=x_init.device)
+            _, tokens = self.policy.velocity(prefix, x_init.float(), t)
+            return self.value_head(self.value_head.observe(prefix, [tokens]))
+        values = self._sample(prefix, x_init, eps, step_index).values
+        assert values is not None
+        return values[:, 0]

@@ -1,110 +1,68 @@
 """One rollout: the policy acts with noise in every environment for T chunks, and the buffer for PPO is filled."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pi_rl.envs.vector_env import Observation, VectorEnv
-from pi_rl.flow.chain import Chain
-from pi_rl.policies.actor_critic import FlowActorCritic
+from pi_rl.policies.actor_critic import FlowActorCritic, Sample
 from pi_rl.policies.flow_policy import Prefix
+from pi_rl.policies.observation_store import ObservationStore
 from pi_rl.policies.prefix_cache import PrefixStore
 from pi_rl.progress import ProgressFn
-from pi_rl.rl.advantages import gae
-from pi_rl.rl.buffer import RolloutBuffer
 from pi_rl.rollout.policy_io import PolicyIO
-from pi_rl.rollout.randomness import TRAIN_STREAM, chunk_noise, training_state_ids
+from pi_rl.rollout.randomness import (
+    TRAIN_STREAM,
+    ChunkNoise,
+    chunk_noise,
+    shared_uniform,
+    training_state_ids,
+)
+from pi_rl.rollout.rollout import Rollout, RolloutStatistics
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass
-class RolloutStatistics:
-    """Sums over the episodes of a rollout, so that several processes' figures simply add up.
-
-    Success, length and return count the first episode of every environment only: of the later ones mostly those end
-    within the rollout that are short, that is successful.
-
-    Attributes:
-        tasks: Names, one per row of ``per_task``.
-        per_task: (tasks, 4) float64: first episodes, their successes, environment steps and sum of rewards.
-        env_steps: Simulated steps of all episodes, finished or not.
-        episodes: Episodes that ended.
-    """
-
-    tasks: tuple[str, ...]
-    per_task: np.ndarray
-    env_steps: int = 0
-    episodes: int = 0
-
-    def add_episode(self, task: int, success: bool, length: int, reward: float) -> None:
-        """Counts an environment's first episode: of task ``task``, ``length`` environment steps long."""
-        self.per_task[task] += (1.0, float(success), float(length), reward)
-
-    def as_tensor(self) -> Tensor:
-        """Everything in one float64 vector, for one reduction over processes."""
-        return torch.from_numpy(np.append(self.per_task.ravel(), [float(self.env_steps), float(self.episodes)]))
-
-    def metrics(self, sums: Tensor) -> dict[str, float]:
-        """Rates from a (reduced) vector of :meth:`as_tensor`; a rate of no episodes is left out.
-
-        Args:
-            sums: (4 * tasks + 2,) float64.
-        """
-        table = sums[:-2].reshape(len(self.tasks), 4).cpu().numpy()
-        total = table.sum(0)
-        metrics = {"rollout/env_steps": float(sums[-2]), "rollout/episodes": float(sums[-1])}
-        if total[0] > 0:
-            metrics["rollout/success_rate"] = float(total[1] / total[0])
-            metrics["rollout/episode_length"] = float(total[2] / total[0])
-            metrics["rollout/return"] = float(total[3] / total[0])
-        if len(self.tasks) > 1:
-            for task, row in zip(self.tasks, table, strict=True):
-                if row[0] > 0:
-                    metrics[f"rollout/success_rate/{task}"] = float(row[1] / row[0])
-        return metrics
-
-
-@dataclass
-class Rollout:
-    """What one iteration learns from: the buffer and the statistics of the episodes in it."""
-
-    buffer: RolloutBuffer[Prefix]
-    statistics: RolloutStatistics
-
-
-@dataclass
 class _Record:
-    """What the T chunks leave behind; lists hold one entry per chunk, arrays are (T, B)."""
+    """One rollout epoch: arrays are (T, B) or, for values, (T, S, B); ``samples`` holds one entry per chunk."""
 
     rewards: np.ndarray
     values: np.ndarray
+    last_values: np.ndarray
     final_values: np.ndarray
     terminated: np.ndarray
     truncated: np.ndarray
     valid: np.ndarray
-    chains: list[Chain] = field(default_factory=list)
-    log_probs: list[Tensor] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
 
     @classmethod
-    def empty(cls, chunks: int, num_envs: int) -> "_Record":
+    def empty(cls, chunks: int, transitions: int, num_envs: int) -> "_Record":
         """Zeros for T chunks of B environments."""
         shape = (chunks, num_envs)
         return cls(
             rewards=np.zeros(shape, np.float32),
-            values=np.zeros((chunks + 1, num_envs), np.float32),
+            values=np.zeros((chunks, transitions, num_envs), np.float32),
+            last_values=np.zeros(num_envs, np.float32),
             final_values=np.zeros(shape, np.float32),
             terminated=np.zeros(shape, bool),
             truncated=np.zeros(shape, bool),
             valid=np.zeros(shape, bool),
         )
 
+    def next_values(self) -> np.ndarray:
+        """Value of what follows each chunk, (T, B): of the final observation where an episode was truncated."""
+        following = np.concatenate([self.values[1:, 0], self.last_values[None]])
+        return np.where(self.truncated, self.final_values, following)
+
 
 class RolloutCollector:
-    """Runs the stochastic policy in a vector environment and returns what PPO needs.
+    """Runs the stochastic policy in a vector environment and returns what an algorithm learns from.
 
     Every iteration begins with fresh episodes, so nothing of a simulator has to be saved for an exact resume. A
     finished environment is reset at once (``auto_reset``: more episodes per rollout) or not simulated any more.
@@ -113,13 +71,16 @@ class RolloutCollector:
         env: The simulators of this process.
         model: Policy, critic and noise network.
         io: Processors around the policy.
-        chunks: T, chunks per environment and rollout.
-        gamma: Discount per chunk.
-        gae_lambda: λ of GAE.
+        chunks: T, chunks per environment and rollout epoch.
         seed: The run's seed.
         rank: This process's index; its environments are numbered from ``rank * env.num_envs``.
-        auto_reset: Reset finished environments within a rollout.
+        epochs: E, how often T chunks are collected per iteration, each time with fresh episodes.
+        group_size: Environments that start each episode from the same initial state.
+        auto_reset: Reset finished environments within a rollout; not with groups, whose episodes differ in length.
         prefix_storage: "device" or "host", where prefixes wait for the update.
+
+    Raises:
+        ValueError: If tasks or groups do not share the environments equally.
     """
 
     def __init__(
@@ -129,20 +90,26 @@ class RolloutCollector:
         io: PolicyIO,
         *,
         chunks: int,
-        gamma: float,
-        gae_lambda: float,
         seed: int,
         rank: int = 0,
+        epochs: int = 1,
+        group_size: int = 1,
         auto_reset: bool = True,
         prefix_storage: str = "device",
     ) -> None:
+        check_groups(env.num_envs, group_size, len(env.spec.tasks), auto_reset=auto_reset)
         self.env, self.model, self.io = env, model, io
-        self.chunks, self.gamma, self.gae_lambda = chunks, gamma, gae_lambda
-        self.seed, self.auto_reset = seed, auto_reset
-        check_tasks_share_envs(env.num_envs, len(env.spec.tasks))
-        self._prefixes = PrefixStore(prefix_storage, capacity=chunks * env.num_envs)
+        self.chunks, self.epochs, self.seed, self.auto_reset = chunks, epochs, seed, auto_reset
+        capacity = epochs * chunks * env.num_envs
+        self._inputs: PrefixStore | ObservationStore
+        if model.policy.prefix_is_live:
+            self._inputs = ObservationStore(capacity)
+        else:
+            self._inputs = PrefixStore(prefix_storage, capacity=capacity)
         self.env_index = rank * env.num_envs + np.arange(env.num_envs)
-        self.task = self.env_index % len(env.spec.tasks)
+        self.group_size = group_size
+        self.task = (self.env_index // group_size) % len(env.spec.tasks)
+        self._member = self.env_index % group_size
 
     @torch.no_grad()
     def collect(self, iteration: int, progress: ProgressFn | None = None) -> Rollout:
@@ -150,71 +117,95 @@ class RolloutCollector:
 
         Args:
             iteration: Its number; with the seed it determines every random choice.
-            progress: Called as ``progress(chunks done, T, text)``.
+            progress: Called as ``progress(chunks done, E * T, text)``.
 
         Returns:
-            The buffer of valid samples with advantages (not normalised) and returns, and episode statistics. Its
-            prefixes are valid until the next call, which reuses their memory.
+            The trajectories and statistics. Its policy inputs are valid until the next call, which reuses their
+            memory.
         """
         self.model.eval()
-        self._begin(iteration)
-        record = _Record.empty(self.chunks, self.env.num_envs)
-        self._prefixes.clear()
+        self._iteration = iteration
+        self._inputs.clear()
+        tasks = self.env.spec.tasks
+        self._statistics = RolloutStatistics(tasks, np.zeros((len(tasks), 4)))
+        records = [self._collect_epoch(epoch, progress) for epoch in range(self.epochs)]
+        return self._assemble(records)
+
+    def _collect_epoch(self, epoch: int, progress: ProgressFn | None) -> _Record:
+        self._begin(epoch)
+        record = _Record.empty(self.chunks, self.model.sampler.transitions, self.env.num_envs)
         observation = self.env.reset(self._reset_ids())
         for step in range(self.chunks):
             rows = np.flatnonzero(self._running)
             if len(rows) == 0:
                 break
-            prefix, actions = self._act(observation, rows, step, record)
-            self._prefixes.append(prefix)
+            actions = self._act(observation, rows, step, record)
             observation = self._simulate(actions, rows, step, record)
             if progress is not None:
-                progress(step + 1, self.chunks, self._progress_text())
-        self._bootstrap(observation, record)
-        return Rollout(self._fill_buffer(record), self._statistics)
+                progress(epoch * self.chunks + step + 1, self.epochs * self.chunks, self._progress_text())
+        rows = np.flatnonzero(self._running)
+        if len(rows):
+            record.last_values[rows] = self._values(observation, rows, self.chunks)
+        return record
 
-    def _begin(self, iteration: int) -> None:
-        num_envs, tasks = self.env.num_envs, self.env.spec.tasks
-        self._iteration = iteration
+    def _begin(self, epoch: int) -> None:
+        num_envs = self.env.num_envs
+        self._epoch = epoch
         self._episode = np.zeros(num_envs, np.int64)
         self._chunk = np.zeros(num_envs, np.int64)
         self._length = np.zeros(num_envs, np.int64)
         self._return = np.zeros(num_envs, np.float64)
         self._running = np.ones(num_envs, bool)
         self._ids = np.zeros((num_envs, 2), np.int64)
-        self._statistics = RolloutStatistics(tasks, np.zeros((len(tasks), 4)))
 
     def _reset_ids(self, rows: np.ndarray | None = None) -> np.ndarray:
         rows = np.arange(self.env.num_envs) if rows is None else rows
-        states = training_state_ids(self.seed, self._iteration, self.env_index[rows], self._episode[rows])
+        groups = self.env_index[rows] // self.group_size
+        states = training_state_ids(self.seed, self._iteration, groups, self._episode[rows], self._epoch)
         self._ids[rows] = np.stack([self.task[rows], states], 1)
         return self._ids[rows]
 
-    def _act(
-        self, observation: Observation, rows: np.ndarray, step: int, record: _Record
-    ) -> tuple[Prefix, np.ndarray]:
+    def _noise(self, rows: np.ndarray, step: int, device: torch.device) -> ChunkNoise:
+        """The random numbers of the next chunk of some environments."""
         policy, sampler = self.model.policy, self.model.sampler
-        prefix = self.model("encode", batch=self.io.batch(observation, rows))
         noise = chunk_noise(
             (self.seed, TRAIN_STREAM, self._iteration),
             self._ids[rows],
             self._chunk[rows],
             denoising_steps=sampler.denoising_steps,
             chunk_shape=(policy.chunk_size, policy.max_action_dim),
-            device=prefix.kv.device,
+            members=self._member[rows],
+            device=device,
         )
-        chain, log_prob = self.model(
+        if sampler.step_draw == "batch":
+            shared = shared_uniform((self.seed, self._iteration, self._epoch, step))
+            noise = ChunkNoise(noise.x_init, noise.eps, torch.full_like(noise.uniform, shared))
+        return noise
+
+    def _act(self, observation: Observation, rows: np.ndarray, step: int, record: _Record) -> np.ndarray:
+        batch = self.io.batch(observation, rows)
+        prefix = self.model("encode", batch=batch)
+        noise = self._noise(rows, step, prefix.pad_mask.device)
+        sample: Sample = self.model(
             "sample",
             prefix=prefix,
             x_init=noise.x_init,
             eps=noise.eps,
-            step_index=sampler.draw_step_index(noise.uniform),
+            step_index=self.model.sampler.draw_step_index(noise.uniform),
         )
-        record.chains.append(chain)
-        record.log_probs.append(log_prob)
-        record.values[step, rows] = self.model("value", prefix=prefix).cpu().numpy()
+        self._keep(batch, prefix)
+        record.samples.append(sample)
+        if sample.values is not None:
+            record.values[step][:, rows] = sample.values.T.cpu().numpy()
         record.valid[step, rows] = True
-        return prefix, self.io.actions(chain.x[:, -1])
+        return self.io.actions(sample.chain.x[:, -1])
+
+    def _keep(self, batch: Mapping[str, Any], prefix: Prefix) -> None:
+        """Stores what the update needs: the prefix, or the observation where the prefix has to be computed anew."""
+        if isinstance(self._inputs, ObservationStore):
+            self._inputs.append(batch)
+        else:
+            self._inputs.append(prefix)
 
     def _simulate(self, actions: np.ndarray, rows: np.ndarray, step: int, record: _Record) -> Observation:
         full = np.zeros((self.env.num_envs, *actions.shape[1:]), np.float32)
@@ -228,7 +219,7 @@ class RolloutCollector:
         self._statistics.env_steps += int(result.steps.sum())
         cut = np.flatnonzero(result.truncated)
         if len(cut):
-            record.final_values[step, cut] = self._values(result.observation, cut)
+            record.final_values[step, cut] = self._values(result.observation, cut, step + 1)
         observation = result.observation
         done = np.flatnonzero(result.terminated | result.truncated)
         self._statistics.episodes += len(done)
@@ -249,43 +240,52 @@ class RolloutCollector:
         self._episode[done] += 1
         return self.env.reset(self._reset_ids(done), done)
 
-    def _bootstrap(self, observation: Observation, record: _Record) -> None:
-        """Values of the observations after the last chunk, for episodes that go on."""
-        rows = np.flatnonzero(self._running)
-        if len(rows):
-            record.values[-1, rows] = self._values(observation, rows)
-
-    def _values(self, observation: Observation, rows: np.ndarray) -> np.ndarray:
+    def _values(self, observation: Observation, rows: np.ndarray, step: int) -> np.ndarray:
+        """Values of observations that the policy does not act on, 0 without a critic."""
+        head = self.model.value_head
+        if head is None:
+            return np.zeros(len(rows), np.float32)
         prefix = self.model("encode", batch=self.io.batch(observation, rows))
-        return self.model("value", prefix=prefix).cpu().numpy()
+        if head.critic == "vlm":
+            return self.model("value", prefix=prefix).cpu().numpy()
+        noise = self._noise(rows, step, prefix.pad_mask.device)
+        index = self.model.sampler.draw_step_index(noise.uniform)
+        values = self.model("value", prefix=prefix, x_init=noise.x_init, eps=noise.eps, step_index=index)
+        return values.cpu().numpy()
 
-    def _fill_buffer(self, record: _Record) -> RolloutBuffer[Prefix]:
-        truncated = torch.from_numpy(record.truncated)
-        terminated = torch.from_numpy(record.terminated)
-        valid = torch.from_numpy(record.valid)
-        values = torch.from_numpy(record.values)
-        next_values = torch.where(truncated, torch.from_numpy(record.final_values), values[1:])
-        advantages, returns = gae(
-            torch.from_numpy(record.rewards),
-            values[:-1],
-            next_values,
-            terminated,
-            terminated | truncated,
-            gamma=self.gamma,
-            gae_lambda=self.gae_lambda,
-            valid=valid,
-        )
-        chains = record.chains
-        device = chains[0].x.device
-        indices = [chain.step_index for chain in chains if chain.step_index is not None]
-        return RolloutBuffer(
-            x=torch.cat([chain.x for chain in chains]),
-            step_index=torch.cat(indices) if indices else None,
-            log_prob=torch.cat(record.log_probs),
-            values=values[:-1][valid].to(device),
-            advantages=advantages[valid].to(device),
-            returns=returns[valid].to(device),
-            prefix=self._prefixes,
+    def _assemble(self, records: list[_Record]) -> Rollout:
+        def columns(name: str) -> Tensor:
+            return torch.from_numpy(np.concatenate([getattr(record, name) for record in records], axis=-1))
+
+        samples = [sample for record in records for sample in record.samples]
+        indices = [sample.chain.step_index for sample in samples if sample.chain.step_index is not None]
+        x = torch.cat([sample.chain.x for sample in samples])
+        sampler = self.model.sampler
+        step_index = torch.cat(indices)[:, None] if indices else None
+        if sampler.mdp == "two_layer":
+            steps = torch.tensor(list(sampler.stochastic_steps), device=x.device)
+            step_index = steps.expand(len(x), -1)
+        critic = [sample.critic_input for sample in samples if sample.critic_input is not None]
+        next_values = np.concatenate([record.next_values() for record in records], axis=-1)
+        num_envs, groups = self.env.num_envs, self.env.num_envs // self.group_size
+        epoch_of = np.repeat(np.arange(self.epochs), num_envs)
+        group_of = np.tile(np.arange(num_envs) // self.group_size, self.epochs)
+        return Rollout(
+            rewards=columns("rewards"),
+            terminated=columns("terminated"),
+            truncated=columns("truncated"),
+            valid=columns("valid"),
+            groups=torch.from_numpy(epoch_of * groups + group_of),
+            values=columns("values") if critic else None,
+            next_values=torch.from_numpy(next_values) if critic else None,
+            x=x,
+            step_index=step_index,
+            log_prob=torch.cat([sample.log_prob for sample in samples]),
+            critic_input=torch.cat(critic) if critic else None,
+            critic_per_step=self.model.critic_per_step,
+            inputs=self._inputs,
+            epochs=self.epochs,
+            statistics=self._statistics,
         )
 
     def _progress_text(self) -> str:
@@ -294,17 +294,24 @@ class RolloutCollector:
         return f"success {rate}"
 
 
-def check_tasks_share_envs(num_envs: int, num_tasks: int) -> None:
-    """Every task needs the same number of the environments of a process.
+def check_groups(num_envs: int, group_size: int, num_tasks: int, *, auto_reset: bool) -> None:
+    """Groups fill the environments of a process, and every task has the same number of groups.
 
     Raises:
         ValueError: With numbers that would do.
     """
-    if num_envs % num_tasks:
-        lower = max(num_envs // num_tasks, 1) * num_tasks
+    if group_size > 1 and auto_reset:
         raise ValueError(
-            f"{num_envs} environments per process cannot be shared equally by {num_tasks} tasks; use {lower} or "
-            f"{lower + num_tasks} per process."
+            f"group_size={group_size} compares whole episodes from one initial state; set auto_reset=false, so that "
+            "every environment runs one episode."
+        )
+    share = group_size * num_tasks
+    if num_envs % share:
+        lower = max(num_envs // share, 1) * share
+        groups = f" in groups of {group_size}" if group_size > 1 else ""
+        raise ValueError(
+            f"{num_envs} environments per process cannot be shared equally by {num_tasks} tasks{groups}; use {lower} "
+            f"or {lower + share} per process."
         )
 
 

@@ -22,17 +22,19 @@ class EpisodeResults:
         reset_ids: (n, 2) task index and state id of each episode.
         success: (n,) bool.
         length: (n,) environment steps.
+        returns: (n,) sum of rewards.
     """
 
     tasks: tuple[str, ...]
     reset_ids: np.ndarray
     success: np.ndarray
     length: np.ndarray
+    returns: np.ndarray
 
     def summary(self) -> EvalSummary:
-        """Success rate with interval and episode length, in total and per task."""
+        """Success rate with interval, episode length and return, in total and per task."""
         names = [self.tasks[task] for task in self.reset_ids[:, 0]]
-        return summarize_episodes(names, self.success.tolist(), self.length.tolist())
+        return summarize_episodes(names, self.success.tolist(), self.length.tolist(), self.returns.tolist())
 
 
 def evaluation_ids(num_tasks: int, episodes: int) -> np.ndarray:
@@ -87,15 +89,16 @@ def evaluate_policy(
         progress: Called as ``progress(episodes done, n, text)``.
 
     Returns:
-        Success and length of the n episodes, in the order of ``reset_ids``.
+        Success, length and return of the n episodes, in the order of ``reset_ids``.
     """
     if len(reset_ids) == 0:
-        return EpisodeResults(env.spec.tasks, reset_ids, np.zeros(0, bool), np.zeros(0, np.int64))
+        return EpisodeResults(env.spec.tasks, reset_ids, np.zeros(0, bool), np.zeros(0, np.int64), np.zeros(0))
     was_training = model.training
     model.eval()
     queue = _EpisodeQueue(reset_ids, env.num_envs)
     success = np.zeros(len(reset_ids), bool)
     length = np.zeros(len(reset_ids), np.int64)
+    returns = np.zeros(len(reset_ids))
     slots = queue.next_for(np.arange(env.num_envs))
     observation = env.reset(reset_ids[queue.episode[slots]], slots)
     done_count = 0
@@ -108,6 +111,7 @@ def evaluate_policy(
         result = env.step_chunk(actions, queue.episode >= 0)
         queue.chunk[rows] += 1
         length[queue.episode[rows]] += result.steps[rows]
+        returns[queue.episode[rows]] += result.rewards[rows].sum(1)
         observation = result.observation
         done = np.flatnonzero(result.terminated | result.truncated)
         if len(done) == 0:
@@ -120,7 +124,7 @@ def evaluate_policy(
         if len(refilled):
             observation = env.reset(reset_ids[queue.episode[refilled]], refilled)
     model.train(was_training)
-    return EpisodeResults(env.spec.tasks, reset_ids, success, length)
+    return EpisodeResults(env.spec.tasks, reset_ids, success, length, returns)
 
 
 class _EpisodeQueue:
@@ -190,7 +194,7 @@ def ode_actions(
         chunk,
         denoising_steps=0,
         chunk_shape=(policy.chunk_size, policy.max_action_dim),
-        device=prefix.kv.device,
+        device=prefix.pad_mask.device,
     )
     chunk_actions = model("ode", prefix=prefix, x_init=noise.x_init, denoising_steps=denoising_steps)
     return io.actions(chunk_actions)

@@ -41,19 +41,21 @@ def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, flo
 
 @dataclass(frozen=True, kw_only=True)
 class TaskSummary:
-    """Success and length of the evaluation episodes of one task.
+    """Success, length and return of the evaluation episodes of one task.
 
     Attributes:
         success_rate: Share of successful episodes, in [0, 1].
         n_episodes: Number of evaluation episodes.
         ci95: Wilson 95 % interval of the success rate.
         mean_episode_length: Mean number of environment steps per episode; failed episodes count at the time limit.
+        mean_return: Mean sum of rewards per episode, in the environment's units.
     """
 
     success_rate: float
     n_episodes: int
     ci95: tuple[float, float]
     mean_episode_length: float
+    mean_return: float
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,40 +83,44 @@ class EvalSummary(TaskSummary):
         return EvalSummary(**_summary_fields(data), per_task=per_task)
 
 
-def summarize_episodes(tasks: Sequence[str], successes: Sequence[bool], lengths: Sequence[float]) -> EvalSummary:
+def summarize_episodes(
+    tasks: Sequence[str], successes: Sequence[bool], lengths: Sequence[float], returns: Sequence[float]
+) -> EvalSummary:
     """Summary of n evaluation episodes, over all and per task.
 
     Args:
         tasks: Task name of each episode.
         successes: Outcome of each episode.
         lengths: Environment steps of each episode.
+        returns: Sum of rewards of each episode.
 
     Raises:
         ValueError: If there are no episodes or the sequences differ in length.
     """
-    if not len(tasks) == len(successes) == len(lengths):
+    if not len(tasks) == len(successes) == len(lengths) == len(returns):
         raise ValueError(
-            f"{len(tasks)} task names, {len(successes)} outcomes and {len(lengths)} lengths; "
+            f"{len(tasks)} task names, {len(successes)} outcomes, {len(lengths)} lengths and {len(returns)} returns; "
             "give one of each per episode."
         )
-    rows = list(zip(tasks, successes, lengths, strict=True))
+    rows = list(zip(successes, lengths, returns, strict=True))
     per_task = {
-        task: TaskSummary(**_episode_numbers([(s, n) for name, s, n in rows if name == task]))
+        task: TaskSummary(**_episode_numbers([row for name, row in zip(tasks, rows, strict=True) if name == task]))
         for task in dict.fromkeys(tasks)
     }
-    return EvalSummary(**_episode_numbers([(s, n) for _, s, n in rows]), per_task=per_task)
+    return EvalSummary(**_episode_numbers(rows), per_task=per_task)
 
 
-def _episode_numbers(episodes: Sequence[tuple[bool, float]]) -> dict[str, Any]:
+def _episode_numbers(episodes: Sequence[tuple[bool, float, float]]) -> dict[str, Any]:
     n = len(episodes)
     if n == 0:
         raise ValueError("There are no evaluation episodes to summarise; give at least one.")
-    successes = sum(bool(success) for success, _ in episodes)
+    successes = sum(bool(success) for success, _, _ in episodes)
     return {
         "success_rate": successes / n,
         "n_episodes": n,
         "ci95": wilson_interval(successes, n),
-        "mean_episode_length": sum(float(length) for _, length in episodes) / n,
+        "mean_episode_length": sum(float(length) for _, length, _ in episodes) / n,
+        "mean_return": sum(float(total) for _, _, total in episodes) / n,
     }
 
 

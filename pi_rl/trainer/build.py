@@ -1,22 +1,27 @@
 """What a trainer trains: a loaded policy, and policy, critic and noise network in one module."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import DeviceProcessorStep, PolicyProcessorPipeline
+from peft import LoraConfig
 
 from pi_rl.flow.noise_network import NoiseNetwork
 from pi_rl.policies.actor_critic import FlowActorCritic
 from pi_rl.policies.checkpoints import LoadedPolicy, load_policy, override_steps
 from pi_rl.policies.critic import ValueHead
+from pi_rl.policies.flow_policy import FlowPolicy
+from pi_rl.policies.lora import add_lora
 from pi_rl.policies.pi import PiFlowPolicy
-from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
+from pi_rl.policies.wrap import wrap_policy
+from pi_rl.trainer.flow_config import FlowConfig
 
 
 def load_model(
     model: str | Path | LoadedPolicy | PreTrainedPolicy,
-    args: FlowPPOConfig,
+    args: FlowConfig,
     processors: tuple[PolicyProcessorPipeline, PolicyProcessorPipeline] | None,
 ) -> LoadedPolicy:
     """The policy and processors that a trainer was given in one of three ways.
@@ -52,22 +57,38 @@ def load_model(
     return loaded
 
 
-def build_actor_critic(loaded: LoadedPolicy, args: FlowPPOConfig) -> FlowActorCritic:
-    """Policy with frozen VLM, value head and, for learned noise, the noise network.
+def build_actor_critic(
+    loaded: LoadedPolicy,
+    args: FlowConfig,
+    peft_config: LoraConfig | None = None,
+    make_critic: Callable[[FlowPolicy], ValueHead | None] = lambda policy: None,
+) -> FlowActorCritic:
+    """Policy with frozen or LoRA-adapted VLM, critic and, for learned noise, the noise network.
 
     Args:
         loaded: Policy and processors.
         args: Sampler and head settings.
+        peft_config: LoRA of the VLM, or None.
+        make_critic: Builds the algorithm's critic for the policy; none by default, which is enough to act.
 
     Returns:
         The module that is trained; what is trained is in float32.
+
+    Raises:
+        ValueError: If LoRA is asked for a policy without a VLM.
     """
-    policy = PiFlowPolicy(loaded.policy)
+    policy = wrap_policy(loaded.policy)
     policy.freeze_vlm()
+    if peft_config is not None:
+        if not isinstance(policy, PiFlowPolicy):
+            raise ValueError(
+                f"peft_config adapts a VLM, and {type(loaded.policy).__name__} has none; leave peft_config out."
+            )
+        add_lora(policy, peft_config)
     for parameter in policy.trainable_parameters():
         parameter.data = parameter.data.float()  # bfloat16 weights would round small updates away
-    value_head = ValueHead(policy, args.critic_hidden_sizes)
+    critic = make_critic(policy)
     noise_network = None
     if args.noise == "flow_noise":
         noise_network = NoiseNetwork(policy.feature_dim, policy.max_action_dim, args.noise_std_min, args.noise_std_max)
-    return FlowActorCritic(policy, value_head, noise_network, args.sampler())
+    return FlowActorCritic(policy, critic, noise_network, args.sampler())

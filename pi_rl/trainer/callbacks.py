@@ -7,9 +7,15 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from pi_rl.progress import Progress, say
 
+# what only some algorithms log: (key, name, format)
+_ALGORITHM_FIGURES = (
+    ("critic/explained_variance", "explained variance", "+.2f"),
+    ("groups/informative", "informative groups", ".2f"),
+)
+
 
 class IterationReport(TrainerCallback):
-    """Prints one line per PPO iteration and evaluation, and shows progress within.
+    """Prints one line per iteration and evaluation, and shows progress within.
 
     Args:
         main: Whether this process prints.
@@ -72,9 +78,9 @@ class IterationReport(TrainerCallback):
             f"iteration {done:>{len(str(total))}}/{total}",
             f"success {_number(logs.get('rollout/success_rate'), '.2f')}",
             f"length {_number(logs.get('rollout/episode_length'), '.0f')}",
-            f"KL {logs['ppo/approx_kl']:.3f}",
-            f"clipped {logs['ppo/clip_fraction']:.2f}",
-            f"explained variance {logs['ppo/explained_variance']:+.2f}",
+            f"KL {_number(logs.get('policy/approx_kl'), '.3f')}",
+            f"clipped {_number(logs.get('policy/clip_fraction'), '.2f')}",
+            *(f"{name} {logs[key]:{form}}" for key, name, form in _ALGORITHM_FIGURES if key in logs),
             f"env steps {int(logs['env_steps']):,}",
             f"{logs['time/rollout']:.1f}+{logs['time/update']:.1f} s",
             f"left {left // 60}:{left % 60:02d}",

@@ -1,278 +1,61 @@
 """Configuration of :class:`~pi_rl.trainer.flow_ppo_trainer.FlowPPOTrainer`."""
 
-import os
 from dataclasses import dataclass
 
-from transformers import TrainingArguments
-from transformers.trainer_utils import IntervalStrategy, SaveStrategy
-
 from pi_rl.arguments import option
-from pi_rl.flow.chain import FlowSampler
+from pi_rl.policies.critic import CRITICS
+from pi_rl.trainer.flow_config import ROLLOUT, FlowConfig, check_rules
 
-FLOW, PPO, ROLLOUT, EVAL = "Flow sampling", "PPO", "Rollout", "Evaluation and checkpoints"
+PPO = "PPO"
 
 
 @dataclass
-class FlowPPOConfig(TrainingArguments):
-    """Arguments of PPO on flow-matching policies, on top of ``transformers.TrainingArguments``.
-
-    One Hugging Face epoch is one PPO iteration: a rollout of ``num_envs x rollout_chunks`` samples and
-    ``update_epochs`` passes over them in minibatches of ``per_device_train_batch_size x gradient_accumulation_steps x
-    processes`` samples. ``num_iterations`` replaces ``num_train_epochs``. Every field documents itself in
-    ``metadata["help"]``; ``--help`` of the recipes prints them by topic.
+class FlowPPOConfig(FlowConfig):
+    """Arguments of PPO with GAE and a critic (πRL, sections 4.3.1 and 4.3.2), on top of :class:`FlowConfig`.
 
     Raises:
-        ValueError: At construction, when values are out of range or the batch arithmetic does not come out even; the
-            message gives values that would.
+        ValueError: At construction, when a value is out of range; the message says what is allowed.
     """
 
-    noise: str = option("flow_noise", FLOW, "exploration noise: flow_noise (learned), flow_sde or flow_cps")
-    mdp: str | None = option(
-        None,
-        FLOW,
-        "one_layer (likelihood of the whole denoising chain) or hybrid (one stochastic step); "
-        "default: one_layer for flow_noise, hybrid otherwise",
-    )
-    denoising_steps: int = option(4, FLOW, "K, steps of the denoising chain in rollouts and evaluation")
-    noise_level: float = option(0.5, FLOW, "a of flow_sde (above 0) and flow_cps (between 0 and 1)")
-    noise_std_min: float = option(0.08, FLOW, "smallest standard deviation of flow_noise, in normalised action units")
-    noise_std_max: float = option(0.16, FLOW, "largest standard deviation of flow_noise")
-    ignore_last: bool = option(False, FLOW, "the last denoising step is never stochastic")
-    noise_scope: str = option(
-        "scored",
-        FLOW,
-        "scored: noise only where it is scored, so the likelihood is exact; all: noise on the whole chunk, as RLinf",
-    )
-    joint_reduction: str = option(
-        "sum", FLOW, "one_layer: sum of the chain's log-probs (Eq. 5) or mean over K+1 terms, as RLinf"
-    )
-
-    num_iterations: int = option(100, PPO, "PPO iterations (rollout + update)")
-    update_epochs: int = option(4, PPO, "passes over each rollout")
-    clip_range: float = option(0.2, PPO, "ratio clip ε")
-    value_clip_range: float | None = option(0.2, PPO, "clip of the value change; none switches it off")
-    huber_delta: float = option(10.0, PPO, "threshold of the Huber value loss")
-    value_loss_coefficient: float = option(1.0, PPO, "weight of the value loss")
-    entropy_coefficient: float = option(0.0, PPO, "weight of the entropy bonus (learned noise only)")
     gamma: float = option(0.99, PPO, "discount per chunk")
-    gae_lambda: float = option(0.95, PPO, "λ of GAE")
+    gae_lambda: float = option(0.95, PPO, "λ of GAE, per chunk")
+    denoising_gamma: float = option(1.0, PPO, "two_layer: discount per denoising step")
+    denoising_lambda: float = option(1.0, PPO, "two_layer: λ of GAE per denoising step")
+    critic: str = option(
+        "vlm", PPO, "vlm: value from the VLM's output (and π0's state); expert: from the action expert's (Eq. 16)"
+    )
+    critic_hidden_sizes: list[int] = option(
+        [1024, 512, 256], PPO, "hidden layers of the value head; no numbers at all: one layer"
+    )
     critic_learning_rate: float = option(1e-4, PPO, "learning rate of the value head")
-    critic_hidden_sizes: list[int] = option([1024, 512, 256], PPO, "hidden layers of the value head")
-    target_kl: float | None = option(
-        None, PPO, "skip the rest of an iteration's updates once the approximate KL of a minibatch exceeds this"
-    )
-
-    num_envs: int = option(64, ROLLOUT, "environments over all processes")
-    rollout_chunks: int = option(16, ROLLOUT, "T, action chunks per environment and rollout")
-    n_action_steps: int | None = option(
-        None, ROLLOUT, "C, executed actions of each predicted chunk; default: the policy's"
-    )
-    auto_reset: bool = option(
-        True, ROLLOUT, "reset finished environments within a rollout; otherwise one episode per environment"
-    )
-    env_workers: int | None = option(None, ROLLOUT, "simulator processes per process; default: its CPU cores")
-    prefix_storage: str = option(
-        "device", ROLLOUT, "where prefix keys and values wait for the update: device or host memory"
-    )
-
-    eval_episodes: int = option(200, EVAL, "fixed initial states per evaluation; 0 switches evaluation off")
-    eval_every_iterations: int | None = option(None, EVAL, "evaluate every N iterations; default: never within a run")
-    eval_seed: int = option(0, EVAL, "seed of the flow's initial noise in evaluation")
-    output_dir: str = option("trainer_output", EVAL, "folder of checkpoints, results and the trained policy")
-    save_strategy: str = option("no", EVAL, "checkpoints: no, steps, epoch or best; easier: save_every_iterations")
-    save_every_iterations: int | None = option(None, EVAL, "checkpoint every N iterations; default: never")
-    dry_run: bool = option(
-        False, EVAL, "print the run's batch arithmetic, run one chunk, one update and one save, then stop"
-    )
-
-    learning_rate: float = option(1e-5, PPO, "learning rate of action expert and noise network")
-    per_device_train_batch_size: int = option(64, PPO, "samples per forward pass and process in the update")
-    max_grad_norm: float = option(1.0, PPO, "gradient-norm clip")
-    adam_beta2: float = option(0.95, PPO, "β2 of AdamW")
-    lr_scheduler_type: str = option("cosine", PPO, "learning-rate schedule over all optimiser steps")
-    logging_strategy: str = option("epoch", EVAL, "log once per iteration")
-    logging_nan_inf_filter: bool = option(False, EVAL, "must stay off: pi_rl stops at the first NaN with a diagnosis")
-    eval_on_start: bool = option(
-        True, EVAL, "evaluate before the first iteration: the SFT baseline (recipes always do)"
-    )
-    metric_for_best_model: str | None = option("success_rate", EVAL, "metric that marks the best checkpoint")
-    greater_is_better: bool | None = option(True, EVAL, "direction of that metric")
-    report_to: str | list[str] | None = option("none", EVAL, "tensorboard, wandb, trackio, …")
-    trackio_space_id: str | None = option(
-        None, EVAL, "Space to log to with trackio; default: a local folder, nothing is published"
-    )
-    project: str = option("pi_rl", EVAL, "trackio's project")
-    remove_unused_columns: bool = option(False, EVAL, "no dataset columns here")
-    ddp_find_unused_parameters: bool | None = option(False, EVAL, "every trained parameter is used by the loss")
-
-    def __post_init__(self) -> None:
-        self._check_ranges()
-        self.planned_eval_episodes = self.eval_episodes
-        # what follows from other options; a written configuration leaves it out, so that it can be varied
-        self.derived = {"num_train_epochs"}
-        if self.eval_episodes == 0:
-            self.eval_on_start, self.eval_every_iterations = False, None
-        self.num_train_epochs = self.num_iterations
-        self._iterations_to_steps()
-        super().__post_init__()
-        self.sampler()
-        self._check_batches()
-        self._check_strategies()
-        self.arithmetic = self.batch_arithmetic()
-        if self.dry_run:
-            self._shrink()
-
-    def _shrink(self) -> None:
-        """One chunk, one update, one save by the caller; ``arithmetic`` still describes the full run."""
-        self.output_dir = f"{str(self.output_dir).rstrip('/')}-dry-run"
-        self.num_iterations = self.num_train_epochs = self.rollout_chunks = self.update_epochs = 1
-        self.gradient_accumulation_steps, self.max_steps = 1, -1
-        self.per_device_train_batch_size = self.num_envs // self.world_size
-        self.eval_episodes, self.eval_on_start = 0, False
-        self.eval_strategy, self.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
-        self.logging_steps = 1
-
-    def sampler(self) -> FlowSampler:
-        """The training sampler these options describe."""
-        mdp = self.mdp or ("one_layer" if self.noise == "flow_noise" else "hybrid")
-        return FlowSampler(
-            noise=self.noise,
-            mdp=mdp,
-            denoising_steps=self.denoising_steps,
-            noise_level=None if self.noise == "flow_noise" else self.noise_level,
-            ignore_last=self.ignore_last,
-            noise_scope=self.noise_scope,
-            joint_reduction=self.joint_reduction,
-        )
-
-    @property
-    def samples_per_iteration(self) -> int:
-        """Samples of one rollout over all processes when no environment is masked."""
-        return self.num_envs * self.rollout_chunks
-
-    @property
-    def minibatch_size(self) -> int:
-        """Samples per optimiser step over all processes."""
-        return self.per_device_train_batch_size * self.gradient_accumulation_steps * self.world_size
-
-    @property
-    def num_minibatches(self) -> int:
-        """Optimiser steps per update epoch."""
-        return self.samples_per_iteration // self.minibatch_size
-
-    @property
-    def updates_per_iteration(self) -> int:
-        """Optimiser steps per iteration."""
-        return self.update_epochs * self.num_minibatches
-
-    def batch_arithmetic(self) -> str:
-        """One line that derives optimiser steps from environments, chunks and batch sizes."""
-        return (
-            f"{self.num_envs} envs x {self.rollout_chunks} chunks = {self.samples_per_iteration} samples; "
-            f"minibatch {self.minibatch_size} = {self.per_device_train_batch_size} per device x "
-            f"{self.gradient_accumulation_steps} accumulation x {self.world_size} process(es); "
-            f"{self.num_minibatches} minibatches x {self.update_epochs} epochs = {self.updates_per_iteration} "
-            f"optimiser steps per iteration; x {self.num_iterations} iterations = "
-            f"{self.updates_per_iteration * self.num_iterations} optimiser steps"
-        )
-
-    @staticmethod
-    def _world_size_hint() -> int:
-        return int(os.environ.get("WORLD_SIZE", "1"))
+    critic_warmup_iterations: int = option(0, PPO, "first iterations in which the critic alone is trained")
+    value_clip_range: float | None = option(0.2, PPO, "clip of the value change; none switches it off")
+    huber_delta: float | None = option(10.0, PPO, "threshold of the Huber value loss; none: squared error")
+    value_loss_coefficient: float = option(1.0, PPO, "weight of the value loss")
+    normalize_rewards: bool = option(False, ROLLOUT, "divide rewards by the running std of the discounted return")
 
     def _check_ranges(self) -> None:
-        rules: list[tuple[str, bool, str]] = [
-            ("num_iterations", self.num_iterations >= 1, "at least 1"),
-            ("num_envs", self.num_envs >= 1, "at least 1"),
-            ("rollout_chunks", self.rollout_chunks >= 1, "at least 1"),
-            ("update_epochs", self.update_epochs >= 1, "at least 1"),
-            ("per_device_train_batch_size", self.per_device_train_batch_size >= 1, "at least 1"),
-            ("gradient_accumulation_steps", self.gradient_accumulation_steps >= 1, "at least 1"),
-            ("max_steps", self.max_steps <= 0, "left out: set num_iterations"),
-            ("clip_range", 0 < self.clip_range < 1, "between 0 and 1"),
-            ("huber_delta", self.huber_delta > 0, "above 0"),
-            ("value_loss_coefficient", self.value_loss_coefficient >= 0, "0 or more"),
-            ("entropy_coefficient", self.entropy_coefficient >= 0, "0 or more"),
-            ("gamma", 0 <= self.gamma <= 1, "between 0 and 1"),
-            ("gae_lambda", 0 <= self.gae_lambda <= 1, "between 0 and 1"),
+        super()._check_ranges()
+        rules = [
+            *((name, 0 <= getattr(self, name) <= 1, "between 0 and 1") for name in ("gamma", "gae_lambda")),
+            *((name, 0 <= getattr(self, name) <= 1, "between 0 and 1") for name in _DENOISING),
+            ("critic", self.critic in CRITICS, " or ".join(CRITICS)),
             ("critic_learning_rate", self.critic_learning_rate > 0, "above 0"),
-            ("noise_std_min", self.noise_std_min > 0, "above 0"),
-            ("noise_std_max", self.noise_std_max > self.noise_std_min, f"above noise_std_min={self.noise_std_min}"),
-            ("eval_episodes", self.eval_episodes >= 0, "0 or more"),
-            ("prefix_storage", self.prefix_storage in ("device", "host"), "device or host"),
-            ("gradient_checkpointing", not self.gradient_checkpointing, "false (the frozen prefix is cached instead)"),
-            ("push_to_hub", not self.push_to_hub, "false; upload the saved policy folder with `hf upload`"),
-            (
-                "num_train_epochs",
-                self.num_train_epochs in (3.0, self.num_iterations),
-                "left out: set num_iterations, one epoch is one iteration",
+            ("critic_warmup_iterations", self.critic_warmup_iterations >= 0, "0 or more"),
+            ("value_loss_coefficient", self.value_loss_coefficient >= 0, "0 or more"),
+            *(
+                (name, getattr(self, name) is None or getattr(self, name) > 0, "above 0, or none")
+                for name in _OPTIONAL
             ),
-            (
-                "eval_strategy",
-                self.eval_episodes > 0 or self.eval_strategy in ("no", IntervalStrategy.NO),
-                "no when eval_episodes is 0",
-            ),
-            ("logging_nan_inf_filter", not self.logging_nan_inf_filter, "false (it would show a NaN loss as 0)"),
         ]
-        optional = ("value_clip_range", "target_kl", "n_action_steps", "env_workers")
-        for name in (*optional, "eval_every_iterations", "save_every_iterations"):
-            value = getattr(self, name)
-            rules.append((name, value is None or value > 0, "above 0, or left out"))
-        for name, fine, allowed in rules:
-            if not fine:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}.")
-
-    def _iterations_to_steps(self) -> None:
-        """Translates iterations into optimiser steps, the Trainer's unit.
-
-        Also for logging once per iteration: the Trainer then logs, evaluates and saves in this order and in one place,
-        so that a checkpoint holds its own iteration's log.
-        """
-        minibatch = self.per_device_train_batch_size * self.gradient_accumulation_steps * self._world_size_hint()
-        updates = max(1, self.update_epochs * (self.samples_per_iteration // max(1, minibatch)))
-        if self.logging_strategy == "epoch":
-            self.logging_strategy, self.logging_steps = "steps", updates
-            self.derived |= {"logging_strategy", "logging_steps"}
-        if self.eval_every_iterations is not None:
-            self.eval_strategy, self.eval_steps = "steps", updates * self.eval_every_iterations
-            self.derived |= {"eval_strategy", "eval_steps", "do_eval"}
-        if self.save_every_iterations is not None:
-            self.save_strategy, self.save_steps = "steps", updates * self.save_every_iterations
-            self.derived |= {"save_strategy", "save_steps"}
-
-    def _check_batches(self) -> None:
-        if self.num_envs % self.world_size:
-            lower = max(self.num_envs // self.world_size, 1) * self.world_size
+        check_rules(self, rules)
+        changed = [name for name in _DENOISING if getattr(self, name) != 1]
+        if changed and self.sampler().mdp != "two_layer":
             raise ValueError(
-                f"num_envs={self.num_envs} cannot be shared equally by {self.world_size} processes; "
-                f"use {lower} or {lower + self.world_size}."
-            )
-        local = self.samples_per_iteration // self.world_size
-        step = self.per_device_train_batch_size * self.gradient_accumulation_steps
-        if local % step:
-            fitting = [size for size in range(1, local + 1) if local % (size * self.gradient_accumulation_steps) == 0]
-            near = sorted(fitting, key=lambda size: abs(size - self.per_device_train_batch_size))[:4]
-            raise ValueError(
-                f"A rollout has {self.num_envs} envs x {self.rollout_chunks} chunks / {self.world_size} process(es) = "
-                f"{local} samples per process, which do not divide into per_device_train_batch_size="
-                f"{self.per_device_train_batch_size} x gradient_accumulation_steps="
-                f"{self.gradient_accumulation_steps}. "
-                + (
-                    f"Use per_device_train_batch_size {' or '.join(map(str, sorted(near)))}."
-                    if near
-                    else "Use a gradient_accumulation_steps that divides the samples."
-                )
+                f"{changed[0]}={getattr(self, changed[0])} has no effect with mdp {self.sampler().mdp!r}, where a "
+                "chunk is one transition; leave it out, or set mdp=two_layer."
             )
 
-    def _check_strategies(self) -> None:
-        updates = self.updates_per_iteration
-        for name, strategy, steps in (
-            ("eval_steps", self.eval_strategy, self.eval_steps),
-            ("save_steps", self.save_strategy, self.save_steps),
-            ("logging_steps", self.logging_strategy, self.logging_steps),
-        ):
-            if strategy == "steps" and steps is not None and steps > 0 and steps % updates:
-                raise ValueError(
-                    f"{name}={steps:g} does not end on an iteration, which takes {updates} optimiser steps; "
-                    f"use a multiple of {updates}."
-                )
+
+_DENOISING = ("denoising_gamma", "denoising_lambda")
+_OPTIONAL = ("value_clip_range", "huber_delta")

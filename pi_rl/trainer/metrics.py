@@ -6,7 +6,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-MAXIMA = ("ppo/ratio_max", "ppo/ratio_error_first")
+MAXIMA = ("policy/ratio_max", "policy/ratio_error_first")
 
 
 class MetricStore:

@@ -34,9 +34,9 @@ def training_history(iterations=6):
                 "loss": 0.1,
                 "env_steps": 1000.0 * i,
                 "rollout/success_rate": 0.5 + 0.05 * i,
-                "ppo/approx_kl": 0.03 / i,
-                "ppo/clip_fraction": 0.2 / i,
-                "ppo/explained_variance": 0.1 * i,
+                "policy/approx_kl": 0.03 / i,
+                "policy/clip_fraction": 0.2 / i,
+                "critic/explained_variance": 0.1 * i,
             }
         )
     return history

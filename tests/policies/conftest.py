@@ -90,18 +90,22 @@ def make_actor_critic(policy, noise="flow_sde", seed=0):
     return FlowActorCritic(policy, ValueHead(policy, (16,)), network, SAMPLERS[noise])
 
 
-def draw(actor_critic, prefix, seed=0):
-    """A sampled chain and its log-prob."""
+def noise(actor_critic, samples, seed=0):
+    """Random numbers of one chunk, as keyword arguments of the modes that act."""
     generator = torch.Generator().manual_seed(seed)
     policy, sampler = actor_critic.policy, actor_critic.sampler
     shape = (policy.chunk_size, policy.max_action_dim)
-    return actor_critic(
-        "sample",
-        prefix=prefix,
-        x_init=torch.randn(len(prefix), *shape, generator=generator),
-        eps=torch.randn(len(prefix), sampler.denoising_steps, *shape, generator=generator),
-        step_index=sampler.draw_step_index(torch.rand(len(prefix), generator=generator)),
-    )
+    return {
+        "x_init": torch.randn(samples, *shape, generator=generator),
+        "eps": torch.randn(samples, sampler.denoising_steps, *shape, generator=generator),
+        "step_index": sampler.draw_step_index(torch.rand(samples, generator=generator)),
+    }
+
+
+def draw(actor_critic, prefix, seed=0):
+    """A sampled chain and its log-prob (B, U)."""
+    sample = actor_critic("sample", prefix=prefix, **noise(actor_critic, len(prefix), seed))
+    return sample.chain, sample.log_prob[:, 0]
 
 
 @pytest.fixture
@@ -112,6 +116,7 @@ def toolbox():
         observations=observations,
         make_actor_critic=make_actor_critic,
         draw=draw,
+        noise=noise,
         state_dim=STATE_DIM,
         action_dim=ACTION_DIM,
         horizon=HORIZON,

@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from pi_rl.flow.chain import Chain
+from pi_rl.policies.critic import ValueHead
+from pi_rl.rl.advantages import two_layer_gae
 from pi_rl.rollout.collector import RolloutCollector
 from pi_rl.rollout.evaluator import evaluate_policy, evaluation_ids, record_episode
 from pi_rl.rollout.policy_io import PolicyIO
@@ -18,8 +20,8 @@ LIMIT = 22  # not a multiple of the chunk size 5: the last chunk of an episode i
 def actor_critic(small_policy, tmp_path):
     torch.manual_seed(0)
     args = FlowPPOConfig(output_dir=str(tmp_path), num_envs=4, rollout_chunks=6, per_device_train_batch_size=8,
-                         noise_std_min=0.4, noise_std_max=1.0, critic_hidden_sizes=[16], use_cpu=True)  # fmt: skip
-    return build_actor_critic(small_policy(), args)
+                         noise_std_min=0.4, noise_std_max=1.0, use_cpu=True)  # fmt: skip
+    return build_actor_critic(small_policy(), args, make_critic=lambda policy: ValueHead(policy, [16]))
 
 
 def io_of(actor_critic, loaded, env):
@@ -28,25 +30,40 @@ def io_of(actor_critic, loaded, env):
 
 def collector(actor_critic, loaded, env, chunks=6, **kwargs):
     io = io_of(actor_critic, loaded, env)
-    return RolloutCollector(env, actor_critic, io, chunks=chunks, gamma=0.99, gae_lambda=0.95, seed=1, **kwargs)
+    return RolloutCollector(env, actor_critic, io, chunks=chunks, seed=1, **kwargs)
+
+
+def buffer_of(rollout):
+    """The samples with GAE."""
+    advantages, returns = two_layer_gae(
+        rollout.rewards,
+        rollout.values,
+        rollout.next_values,
+        rollout.terminated,
+        rollout.done,
+        gamma=0.99,
+        gae_lambda=0.95,
+        valid=rollout.valid,
+    )
+    return rollout.buffer(advantages, returns)
 
 
 def test_the_rollout_scores_to_a_ratio_of_one_and_repeats(actor_critic, small_policy, metaworld_env):
     env = metaworld_env(max_episode_steps=LIMIT)
     loaded = small_policy()
-    rollout = collector(actor_critic, loaded, env).collect(0)
-    buffer = rollout.buffer
+    buffer = buffer_of(collector(actor_critic, loaded, env).collect(0))
     assert len(buffer) == 4 * 6
     batch = buffer.minibatch(torch.randperm(len(buffer)))
     actor_critic.train()
-    score, values = actor_critic("score", prefix=batch.prefix, chain=Chain(batch.x, batch.step_index))
-    torch.testing.assert_close((score.log_prob - batch.log_prob).exp(), torch.ones(24), rtol=0, atol=1e-4)
+    chain = Chain(batch.x, batch.step_index)
+    score, values = actor_critic("score", inputs=batch.inputs, chain=chain, critic_input=batch.critic_input)
+    torch.testing.assert_close((score.log_prob - batch.log_prob).exp(), torch.ones(24, 1), rtol=0, atol=1e-4)
     torch.testing.assert_close(values, batch.values, rtol=0, atol=1e-5)
-    again = collector(actor_critic, loaded, env).collect(0)
-    assert torch.equal(again.buffer.x, buffer.x)
-    assert torch.equal(again.buffer.advantages, buffer.advantages)
+    again = buffer_of(collector(actor_critic, loaded, env).collect(0))
+    assert torch.equal(again.x, buffer.x)
+    assert torch.equal(again.advantages, buffer.advantages)
     other = collector(actor_critic, loaded, env).collect(1)
-    assert not torch.equal(other.buffer.x, buffer.x)
+    assert not torch.equal(other.x, buffer.x)
 
 
 def test_episodes_are_counted_and_truncation_bootstraps(actor_critic, small_policy, metaworld_env):
@@ -68,7 +85,7 @@ def test_truncation_bootstraps_from_the_final_observation(actor_critic, small_po
     env = metaworld_env(max_episode_steps=LIMIT)
     rollout = collector(actor_critic, small_policy(), env, chunks=6).collect(0)
     assert not rollout.statistics.per_task[:, 1].any()
-    returns = rollout.buffer.returns.view(6, 4)
+    returns = buffer_of(rollout).returns.view(6, 4)
     torch.testing.assert_close(returns[4], torch.full((4,), 0.99 * 0.7), rtol=0, atol=1e-6)
     torch.testing.assert_close(returns[5], torch.full((4,), 0.99 * 0.7), rtol=0, atol=1e-6)
 
@@ -92,7 +109,7 @@ def test_without_auto_reset_an_environment_runs_one_episode(actor_critic, small_
     env = metaworld_env(max_episode_steps=12)
     rollout = collector(actor_critic, small_policy(), env, chunks=6, auto_reset=False).collect(0)
     assert rollout.statistics.env_steps == 4 * 12
-    assert len(rollout.buffer) == 4 * 3
+    assert len(buffer_of(rollout)) == 4 * 3
     assert rollout.statistics.per_task[:, 0].sum() == 4
 
 

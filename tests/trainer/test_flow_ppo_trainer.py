@@ -56,10 +56,10 @@ def test_an_iteration_is_an_epoch_and_only_expert_and_heads_learn(train, kind, n
     assert len(history) == 2
     assert trainer.state.global_step == 2 * 2 * 2
     for entry in history:
-        assert entry["ppo/ratio_error_first"] < 1e-4
+        assert entry["policy/ratio_error_first"] < 1e-4
         assert entry["rollout/env_steps"] > 0
         assert entry["time/rollout"] > 0
-        assert entry["ppo/approx_kl"] >= 0
+        assert entry["policy/approx_kl"] >= 0
     assert history[1]["env_steps"] == history[0]["rollout/env_steps"] + history[1]["rollout/env_steps"]
     changed = {name for name, value in parameters(trainer).items() if not torch.equal(value, trainer.before[name])}
     assert changed
@@ -117,7 +117,7 @@ def test_a_bfloat16_policy_trains_in_float32(small_policy_folders, metaworld_env
     assert torch.bfloat16 in {p.dtype for p in trainer.actor_critic.parameters()}
     trainer.train()
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    assert max(entry["ppo/ratio_error_first"] for entry in history) < 1e-3
+    assert max(entry["policy/ratio_error_first"] for entry in history) < 1e-3
 
 
 def test_the_denoising_steps_of_training_are_saved(train, tmp_path):
@@ -169,7 +169,7 @@ def test_nan_stops_the_run_with_a_diagnosis(small_policy, metaworld_env, tmp_pat
 
     def poisoned():
         begin()
-        trainer._rollout.buffer.returns[:] = float("nan")
+        trainer._buffer.returns[:] = float("nan")
 
     trainer._begin_iteration = poisoned
     with pytest.raises(FloatingPointError, match=r"iteration 0, tick 0; not finite: returns"):
@@ -182,7 +182,7 @@ def test_a_wrong_rollout_likelihood_is_refused(small_policy, metaworld_env, tmp_
 
     def shifted():
         begin()
-        trainer._rollout.buffer.log_prob += 0.5
+        trainer._buffer.log_prob += 0.5
 
     trainer._begin_iteration = shifted
     with pytest.raises(RuntimeError, match="Sampling and scoring disagree"):
@@ -199,7 +199,7 @@ def test_tensorboard_receives_the_metrics(train, tmp_path):
     events = EventAccumulator(str(logdir))
     events.Reload()
     tags = set(events.Tags()["scalars"])
-    assert {"train/ppo/approx_kl", "train/rollout/env_steps", "eval/success_rate"} <= tags
+    assert {"train/policy/approx_kl", "train/rollout/env_steps", "eval/success_rate"} <= tags
 
 
 def test_trackio_and_wandb_keep_local_records(train, tmp_path, monkeypatch):

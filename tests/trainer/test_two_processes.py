@@ -37,7 +37,7 @@ with env:
     record = {"parameters": digest.hexdigest(), "samples": len(first), "actions": drawn.tolist(),
               "env_steps": trainer.env_steps, "steps": trainer.state.global_step,
               "lengths": trainer.last_evaluation.length.tolist(),
-              "history": [{k: v for k, v in entry.items() if k.startswith(("ppo/", "rollout/"))}
+              "history": [{k: v for k, v in entry.items() if k.startswith(("policy/", "critic/", "rollout/"))}
                           for entry in trainer.state.log_history if "loss" in entry]}
     open(f"{out}/rank{args.process_index}.json", "w").write(json.dumps(record))
     save_file(state, f"{out}/rank{args.process_index}.safetensors")
