@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pi_rl.envs.rewards import check_reward
 from pi_rl.envs.vector_env import IMAGE_KEY, EnvSpec
 
 STATE_DIM = 4
@@ -58,6 +59,8 @@ class MetaWorldOptions:
         object_spread: Factor on the width of the random placement about its centre, in x and y only (z keeps objects
             on the table). Widened bounds stop at the box the hand can reach. Not for tasks in `object_range`.
         max_episode_steps: Steps after which an episode without success is truncated (80 steps are a second).
+        reward: "success" pays 1 for solving the task; "structured" also 0.1 for holding an object, as the paper does
+            in ManiSkill (see `pi_rl.envs.rewards.TaskReward`). Held is what both finger pads press on and can move.
         blind: The image is a constant mid-grey: the control that shows what sight is worth.
     """
 
@@ -71,6 +74,7 @@ class MetaWorldOptions:
     object_range: Mapping[str, Mapping[str, Sequence[float]]] | None = None
     object_spread: float = 1.0
     max_episode_steps: int = 150
+    reward: str = "success"
     blind: bool = False
 
     def __post_init__(self) -> None:
@@ -94,6 +98,7 @@ class MetaWorldOptions:
             )
         if self.max_episode_steps < 1:
             raise ValueError(f"max_episode_steps must be at least 1, got {self.max_episode_steps}")
+        check_reward(self.reward)
         for task, bounds in (self.object_range or {}).items():
             _check_range(task, bounds)
 

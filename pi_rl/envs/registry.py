@@ -2,26 +2,87 @@
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from pi_rl.envs.metaworld_options import MetaWorldOptions, make_spec, task_instructions
+from pi_rl.envs import gymnasium_env, metaworld_options, toy
 from pi_rl.envs.vector_env import EnvSpec, VectorEnv
 from pi_rl.envs.workers import WorkerVectorEnv
 
-SIMULATORS = ("metaworld",)
-ALL_TASKS = {"metaworld": "mt50"}
+
+@dataclasses.dataclass(frozen=True)
+class Simulator:
+    """What `make_env` needs to know about a simulator.
+
+    Attributes:
+        example: A task name for messages.
+        options: Dataclass of its options.
+        list_tasks: Returns its task names, sorted.
+        make_spec: (name, tasks, options) to the specification; starts no worker.
+        make: (spec, options, number of environments, worker processes or None) to the environment.
+        groups: Names that stand for several tasks, such as "mt50".
+        is_known: Whether a task may be used; by default, whether `list_tasks` has it.
+    """
+
+    example: str
+    options: type
+    list_tasks: Callable[[], tuple[str, ...]]
+    make_spec: Callable[[str, Sequence[str], Any], EnvSpec]
+    make: Callable[[EnvSpec, Any, int, int | None], VectorEnv]
+    groups: Callable[[], Mapping[str, tuple[str, ...]]] = dict
+    is_known: Callable[[str], bool] | None = None
+
+
+def _metaworld_tasks() -> tuple[str, ...]:
+    return tuple(sorted(metaworld_options.task_instructions()))
+
+
+def _in_workers(simulator: str) -> Callable[[EnvSpec, Any, int, int | None], VectorEnv]:
+    """Makes environments of a simulator in `pi_rl.envs.worker.BACKENDS`."""
+    return lambda spec, options, num_envs, num_workers: WorkerVectorEnv(
+        spec, simulator, vars(options), num_envs, num_workers
+    )
+
+
+SIMULATORS = {
+    "gymnasium": Simulator(
+        "Pendulum-v1",
+        gymnasium_env.GymnasiumOptions,
+        gymnasium_env.registered_ids,
+        gymnasium_env.make_spec,
+        lambda spec, options, num_envs, _: gymnasium_env.GymnasiumVectorEnv(spec, options, num_envs),
+        is_known=gymnasium_env.is_known,
+    ),
+    "metaworld": Simulator(
+        "reach-v3",
+        metaworld_options.MetaWorldOptions,
+        _metaworld_tasks,
+        metaworld_options.make_spec,
+        _in_workers("metaworld"),
+        groups=lambda: {"mt50": _metaworld_tasks()},
+    ),
+    "toy": Simulator(
+        "point-mass",
+        toy.ToyOptions,
+        toy.task_names,
+        toy.make_spec,
+        lambda spec, options, num_envs, _: toy.make_toy_env(spec, options, num_envs),
+    ),
+}
 
 
 def make_env(name: str, num_envs: int, num_workers: int | None = None, **options: Any) -> VectorEnv:
     """Makes a vector environment.
 
     Args:
-        name: "SIMULATOR:TASK" or "SIMULATOR:TASK,TASK,…"; "metaworld:mt50" is all of MetaWorld's 50 tasks. Which of
-            the tasks an environment runs is decided by the ids it is reset to.
+        name: "SIMULATOR:TASK" or "SIMULATOR:TASK,TASK,…", such as "metaworld:reach-v3", "gymnasium:Pendulum-v1" or
+            "toy:identity"; "metaworld:mt50" is all of MetaWorld's 50 tasks. Which of the tasks an environment runs is
+            decided by the ids it is reset to.
         num_envs: Number B of environments, at least 1.
-        num_workers: Worker processes; None means one per core, never more than `num_envs`.
-        **options: Fields of the simulator's options, for MetaWorld `pi_rl.envs.metaworld_options.MetaWorldOptions`.
+        num_workers: At most so many worker processes; None means one per core. Never more than `num_envs`, and none
+            for gymnasium and toy environments, which are cheaper to step than to talk to.
+        **options: Fields of the simulator's options: `pi_rl.envs.metaworld_options.MetaWorldOptions`,
+            `pi_rl.envs.gymnasium_env.GymnasiumOptions`, `pi_rl.envs.toy.ToyOptions`.
 
     Returns:
         The environment; close it, or use it in a `with` block.
@@ -30,13 +91,14 @@ def make_env(name: str, num_envs: int, num_workers: int | None = None, **options
         ValueError: Unknown simulator, task or option (the message lists the nearest names), or a bad value.
         RuntimeError: No off-screen renderer works; the message gives the command that installs one.
     """
-    spec = check_name_and_options(name, options)
-    simulator, _ = parse_name(name)
-    return WorkerVectorEnv(spec, simulator, options, num_envs, num_workers)
+    if num_workers is not None and num_workers < 1:
+        raise ValueError(f"num_workers must be at least 1 (or None for one per core), got {num_workers}")
+    spec, checked = _describe(name, options)
+    return SIMULATORS[parse_name(name)[0]].make(spec, checked, num_envs, num_workers)
 
 
 def check_name_and_options(name: str, options: Mapping[str, Any]) -> EnvSpec:
-    """The specification that an environment would have; starts nothing.
+    """The specification that an environment would have; starts no worker.
 
     Args:
         name: As for `make_env`.
@@ -45,12 +107,19 @@ def check_name_and_options(name: str, options: Mapping[str, Any]) -> EnvSpec:
     Raises:
         ValueError: As for `make_env`.
     """
+    return _describe(name, options)[0]
+
+
+def _describe(name: str, options: Mapping[str, Any]) -> tuple[EnvSpec, Any]:
+    """The specification and the checked options."""
     simulator, tasks = parse_name(name)
-    fields = [field.name for field in dataclasses.fields(MetaWorldOptions)]
+    entry = SIMULATORS[simulator]
+    fields = [field.name for field in dataclasses.fields(entry.options)]
     for key in options:
         if key not in fields:
             raise ValueError(f"unknown option {key!r} of {simulator}; {_nearest(key, fields)}")
-    return make_spec(name, tasks, MetaWorldOptions(**options))
+    checked = entry.options(**options)
+    return entry.make_spec(name, tasks, checked), checked
 
 
 def list_tasks(simulator: str) -> tuple[str, ...]:
@@ -62,9 +131,13 @@ def list_tasks(simulator: str) -> tuple[str, ...]:
     Raises:
         ValueError: Unknown simulator.
     """
-    if simulator not in SIMULATORS:
-        raise ValueError(f"unknown simulator {simulator!r}; {_nearest(simulator, SIMULATORS)}")
-    return tuple(sorted(task_instructions()))
+    return _simulator(simulator).list_tasks()
+
+
+def _simulator(name: str) -> Simulator:
+    if name not in SIMULATORS:
+        raise ValueError(f"unknown simulator {name!r}; {_nearest(name, SIMULATORS)}")
+    return SIMULATORS[name]
 
 
 def parse_name(name: str) -> tuple[str, tuple[str, ...]]:
@@ -81,24 +154,32 @@ def parse_name(name: str) -> tuple[str, tuple[str, ...]]:
     """
     simulator, colon, listed = name.partition(":")
     if not colon:
-        hint = f"; did you mean 'metaworld:{name}'?" if name in list_tasks("metaworld") else ""
+        owners = [key for key, entry in SIMULATORS.items() if name in (*entry.list_tasks(), *entry.groups())]
+        hint = f"; did you mean '{owners[0]}:{name}'?" if owners else ""
         raise ValueError(f"environment name {name!r} must look like 'metaworld:reach-v3' (simulator:tasks){hint}")
-    known = list_tasks(simulator)
-    if listed == ALL_TASKS[simulator]:
-        return simulator, known
+    entry = _simulator(simulator)
+    groups = entry.groups()
+    if listed in groups:
+        return simulator, groups[listed]
     tasks = tuple(task.strip() for task in listed.split(",") if task.strip())
     if not tasks:
-        raise ValueError(f"environment name {name!r} names no task; write for example '{simulator}:{known[0]}'")
+        raise ValueError(f"environment name {name!r} names no task; write for example '{simulator}:{entry.example}'")
+    known = entry.list_tasks()
     for task in tasks:
-        if task not in known:
-            choices = (*known, ALL_TASKS[simulator])
-            raise ValueError(f"unknown task {task!r} of {simulator}; {_nearest(task, choices)}")
+        if not (entry.is_known(task) if entry.is_known else task in known):
+            raise ValueError(f"unknown task {task!r} of {simulator}; {_nearest(task, (*known, *groups))}")
         if tasks.count(task) > 1:
             raise ValueError(f"task {task!r} is named twice in {name!r}")
     return simulator, tasks
 
 
+_LISTED = 12
+
+
 def _nearest(given: str, known: Iterable[str]) -> str:
-    names = list(known)
+    names = sorted(known)
     close = difflib.get_close_matches(given, names, n=5, cutoff=0.5)
-    return f"nearest: {', '.join(close)}" if close else f"there are {', '.join(sorted(names))}"
+    if close:
+        return f"nearest: {', '.join(close)}"
+    more = f", … and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return f"there are {', '.join(names[:_LISTED])}{more}"

@@ -59,9 +59,10 @@ class ChunkResult:
         observation: Of all environments after the chunk. The images of terminated environments and all rows of
             inactive ones are stale and must not be used. Truncated rows hold the episode's true final observation.
         rewards: float32 (B, C), one per simulator step; 0 after the end of an episode and for inactive environments.
-        terminated: bool (B,), the episode ended because the task was solved (no bootstrapping).
-        truncated: bool (B,), the episode ended at the time limit without success (bootstrap from the observation).
-        success: bool (B,), the task was solved in this chunk.
+        terminated: bool (B,), the episode ended by itself (no bootstrapping): the task was solved or, in simulators
+            that know failure, cannot be solved any more. Which of the two it was is in `success` alone.
+        truncated: bool (B,), the episode was cut, as a rule by the time limit (bootstrap from the observation).
+        success: bool (B,), the task was solved in this chunk or, where that does not end an episode, earlier in it.
         steps: int64 (B,), simulated steps, at most C; 0 for inactive environments.
     """
 

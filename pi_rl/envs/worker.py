@@ -149,8 +149,8 @@ class Worker:
                 sim = self._slots[slot][1]
                 while steps < chunk and not solved and sim.steps < self._max_episode_steps:
                     solved = sim.step(arrays["actions"][slot, steps])
+                    rewards[steps] = sim.reward
                     steps += 1
-                rewards[steps - 1] = float(solved)
                 arrays["truncated"][slot] = not solved and sim.steps >= self._max_episode_steps
                 arrays["states"][slot] = sim.state
                 if not solved:  # nobody needs the image of a finished task, and images cost most

@@ -1,6 +1,6 @@
 import pytest
 
-from pi_rl.envs.registry import list_tasks, make_env, parse_name
+from pi_rl.envs.registry import SIMULATORS, check_name_and_options, list_tasks, make_env, parse_name
 
 
 def test_names_are_split_into_tasks():
@@ -20,6 +20,9 @@ def test_all_tasks_of_the_simulator_have_an_instruction(metaworld):
     [
         ("reach-v3", "did you mean 'metaworld:reach-v3'"),
         ("nothing", "must look like 'metaworld:reach-v3'"),
+        ("Pendulum-v1", "did you mean 'gymnasium:Pendulum-v1'"),
+        ("mt50", "did you mean 'metaworld:mt50'"),
+        ("libero:spatial", "unknown simulator 'libero'; there are gymnasium, metaworld, toy"),
         ("metawrld:reach-v3", "unknown simulator 'metawrld'; nearest: metaworld"),
         ("metaworld:reech-v3", "unknown task 'reech-v3' .*nearest: reach-v3"),
         ("metaworld:mt10", "nearest: mt50"),
@@ -60,3 +63,15 @@ def test_bad_options_are_named(options, message):
 def test_counts_are_checked(counts, message):
     with pytest.raises(ValueError, match=message):
         make_env("metaworld:reach-v3", *counts)
+    with pytest.raises(ValueError, match=message):
+        make_env("toy:identity", *counts)
+
+
+@pytest.mark.parametrize("simulator", SIMULATORS)
+def test_every_simulator_describes_its_example(simulator):
+    entry = SIMULATORS[simulator]
+    spec = check_name_and_options(f"{simulator}:{entry.example}", {})
+    assert spec.tasks == (entry.example,)
+    assert entry.example in list_tasks(simulator)
+    with pytest.raises(ValueError, match=f"write for example '{simulator}:{entry.example}'"):
+        parse_name(f"{simulator}: ")

@@ -1,0 +1,158 @@
+"""Gymnasium environments with vectors as observations and actions, such as Pendulum-v1 and MuJoCo's.
+
+Gymnasium is imported when the first environment is described, not with this module.
+"""
+
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi_rl.envs.in_process import InProcessVectorEnv, StepResult
+from pi_rl.envs.vector_env import EnvSpec
+
+DEFAULT_FPS = 30
+_NO_LIMIT = -1  # Gymnasium's: the limit is kept here, so that it can be told from an end of the simulator's own
+
+
+@dataclass(frozen=True)
+class GymnasiumOptions:
+    """When an episode is cut, and what the environment is made with.
+
+    Attributes:
+        max_episode_steps: Steps after which an episode is truncated; None stands for the registered limit.
+        make_kwargs: Further arguments of `gymnasium.make`, such as `{"reset_noise_scale": 0.1}`.
+    """
+
+    max_episode_steps: int | None = None
+    make_kwargs: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the values; raises ValueError naming the option, what it was given and what is allowed."""
+        if self.max_episode_steps is not None and self.max_episode_steps < 1:
+            raise ValueError(f"max_episode_steps must be at least 1, got {self.max_episode_steps}")
+        reserved = sorted({"id", "max_episode_steps", "disable_env_checker"} & set(self.make_kwargs or {}))
+        if reserved:
+            raise ValueError(f"make_kwargs must not hold {', '.join(reserved)}: pi_rl sets it")
+
+
+def registered_ids() -> tuple[str, ...]:
+    """Returns the ids of all registered environments, sorted."""
+    import gymnasium
+
+    return tuple(sorted(gymnasium.registry))
+
+
+def is_known(task: str) -> bool:
+    """Whether an id is registered; "module:id" imports the module first, which may register it."""
+    module, _, name = task.rpartition(":")
+    if module:
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError:
+            return False
+    return name in registered_ids()
+
+
+def make_spec(name: str, tasks: Sequence[str], options: GymnasiumOptions) -> EnvSpec:
+    """Builds the description of Gymnasium environments; each is made once to read its spaces.
+
+    Args:
+        name: Name it was asked for by.
+        tasks: Environment ids.
+        options: The options.
+
+    Returns:
+        The specification.
+
+    Raises:
+        ValueError: A space is not a Box of one dimension, tasks differ in their spaces or time limits, or there is no
+            time limit.
+    """
+    described = {task: _describe(task, options) for task in tasks}
+    first = described[tasks[0]]
+    for task, other in described.items():
+        if other != first:
+            differing = ", ".join(key for key in first if first[key] != other[key])
+            raise ValueError(
+                f"{tasks[0]} and {task} cannot be trained together: they differ in {differing}. Use one of them, or "
+                "set max_episode_steps where only that differs."
+            )
+    return EnvSpec(name=name, tasks=tuple(tasks), instructions=tuple(tasks), cameras={}, **first)
+
+
+def _describe(task: str, options: GymnasiumOptions) -> dict[str, Any]:
+    """The task's own part of the specification."""
+    import gymnasium
+
+    limit = options.max_episode_steps or gymnasium.spec(task).max_episode_steps
+    if limit is None:
+        raise ValueError(f"{task} has no time limit of its own; set the option max_episode_steps")
+    env = _make(task, options)
+    try:
+        for kind, space in (("observation", env.observation_space), ("action", env.action_space)):
+            if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
+                raise ValueError(
+                    f"the {kind} space of {task} is {space}; only a Box of one dimension is supported. Choose another "
+                    "environment, or register a wrapped version of it."
+                )
+        return {
+            "state_dim": env.observation_space.shape[0],
+            "action_dim": env.action_space.shape[0],
+            "max_episode_steps": limit,
+            "fps": int(env.metadata.get("render_fps", DEFAULT_FPS)),
+            "action_low": tuple(env.action_space.low.astype(float).tolist()),
+            "action_high": tuple(env.action_space.high.astype(float).tolist()),
+        }
+    finally:
+        env.close()
+
+
+def _make(task: str, options: GymnasiumOptions) -> Any:
+    import gymnasium
+
+    return gymnasium.make(
+        task, max_episode_steps=_NO_LIMIT, disable_env_checker=True, **dict(options.make_kwargs or {})
+    )
+
+
+class GymnasiumVectorEnv(InProcessVectorEnv):
+    """B Gymnasium environments in this process.
+
+    The state id is the seed of Gymnasium's `reset`, which by its contract determines the episode; this holds to the
+    bit for the environments that come with Gymnasium. `terminated` is what the environment says: for most it means
+    failure (a pole fell). Success is what `info["is_success"]` or `info["success"]` says, False without them.
+
+    Args:
+        spec: From `make_spec`.
+        options: The options that it was made with.
+        num_envs: B, at least 1.
+    """
+
+    def __init__(self, spec: EnvSpec, options: GymnasiumOptions, num_envs: int):
+        super().__init__(spec, num_envs)
+        self._options = options
+        self._envs: dict[tuple[int, int], Any] = {}  # by environment and task index, made at their first reset
+
+    def _start(self, slots: NDArray[np.int64], tasks: NDArray[np.int64], state_ids: NDArray[np.int64]) -> None:
+        for slot, task, state_id in zip(slots.tolist(), tasks.tolist(), state_ids.tolist(), strict=True):
+            if (slot, task) not in self._envs:
+                self._envs[slot, task] = _make(self.spec.tasks[task], self._options)
+            self.states[slot], _ = self._envs[slot, task].reset(seed=state_id)
+
+    def _advance(self, slots: NDArray[np.int64], actions: NDArray[np.float32]) -> StepResult:
+        outcomes = []
+        for slot, action in zip(slots.tolist(), actions, strict=True):
+            env = self._envs[slot, int(self._tasks[slot])]
+            self.states[slot], reward, terminated, truncated, info = env.step(action.astype(env.action_space.dtype))
+            success = bool(info.get("is_success", info.get("success", False)))
+            outcomes.append((float(reward), bool(terminated), bool(truncated), success))
+        return StepResult(*map(np.asarray, zip(*outcomes, strict=True)))
+
+    def _free(self) -> None:
+        for env in self._envs.values():
+            env.close()
+        self._envs.clear()

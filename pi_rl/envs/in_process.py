@@ -1,0 +1,144 @@
+"""A vector environment without cameras that is simulated in the calling process, for simulators of microseconds."""
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pi_rl.envs.vector_env import (
+    STATE_KEY,
+    TASK_KEY,
+    ChunkResult,
+    EnvSpec,
+    Observation,
+    ResetIds,
+    VectorEnv,
+    check_actions,
+    check_active,
+    check_reset,
+)
+
+
+class StepResult(NamedTuple):
+    """Outcome of one simulator step in n environments.
+
+    Attributes:
+        rewards: float (n,).
+        terminated: bool (n,), the episode ended by itself.
+        truncated: bool (n,), the simulator cut the episode; the time limit is not its business.
+        success: bool (n,), the task is solved now.
+    """
+
+    rewards: NDArray[np.floating]
+    terminated: NDArray[np.bool_]
+    truncated: NDArray[np.bool_]
+    success: NDArray[np.bool_]
+
+
+class InProcessVectorEnv(VectorEnv):
+    """Checks, chunks, episode ends and the time limit; a subclass simulates single steps.
+
+    A worker process would take longer to talk to than these simulators take to step, so there is none.
+
+    Attributes:
+        spec: What a policy must know; no cameras.
+        num_envs: B.
+        states: float32 (B, state_dim), present observations; written by the subclass.
+
+    Args:
+        spec: Description of the environment.
+        num_envs: B, at least 1.
+
+    Raises:
+        ValueError: A count below 1.
+    """
+
+    def __init__(self, spec: EnvSpec, num_envs: int):
+        if num_envs < 1:
+            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        self.spec = spec
+        self.num_envs = num_envs
+        self.states = np.zeros((num_envs, spec.state_dim), np.float32)
+        self._low = np.asarray(spec.action_low, np.float32)
+        self._high = np.asarray(spec.action_high, np.float32)
+        self._tasks = np.zeros(num_envs, np.int64)
+        self._steps = np.zeros(num_envs, np.int64)
+        self._running = np.zeros(num_envs, bool)
+        self._solved = np.zeros(num_envs, bool)
+        self._closed = False
+
+    @abstractmethod
+    def _start(self, slots: NDArray[np.int64], tasks: NDArray[np.int64], state_ids: NDArray[np.int64]) -> None:
+        """Starts episodes in n environments and writes their rows of `states`; depends on nothing but the ids."""
+
+    @abstractmethod
+    def _advance(self, slots: NDArray[np.int64], actions: NDArray[np.float32]) -> StepResult:
+        """Executes one action (n, A), within bounds, in n environments and writes their rows of `states`."""
+
+    def _free(self) -> None:
+        """Frees what the simulator holds."""
+
+    def reset(self, ids: ResetIds, indices: Sequence[int] | NDArray[np.int64] | None = None) -> Observation:
+        """Starts episodes; see `VectorEnv.reset`."""
+        self._check_open()
+        array, slots = check_reset(ids, indices, self.num_envs, self.spec.tasks)
+        self._tasks[slots] = array[:, 0]
+        self._steps[slots] = 0
+        self._running[slots], self._solved[slots] = True, False
+        self._start(slots, array[:, 0], array[:, 1])
+        return self._observation()
+
+    def step_chunk(
+        self, actions: NDArray[np.float32], active: NDArray[np.bool_] | Sequence[bool] | None = None
+    ) -> ChunkResult:
+        """Executes a chunk; see `VectorEnv.step_chunk`."""
+        self._check_open()
+        going = check_active(active, self._running).copy()
+        checked = check_actions(actions, going, self.spec.action_dim, self.spec.max_episode_steps)
+        taken = np.zeros(self.num_envs, np.int64)
+        rewards = np.zeros(checked.shape[:2], np.float32)
+        terminated, truncated, success = (np.zeros(self.num_envs, bool) for _ in range(3))
+        for step in range(checked.shape[1]):
+            slots = np.flatnonzero(going)
+            if len(slots) == 0:
+                break
+            result = self._advance(slots, np.clip(checked[slots, step], self._low, self._high))
+            rewards[slots, step] = result.rewards
+            taken[slots] += 1
+            self._steps[slots] += 1
+            self._solved[slots] |= result.success
+            success[slots] = self._solved[slots]
+            cut = result.truncated | (self._steps[slots] >= self.spec.max_episode_steps)
+            terminated[slots] = result.terminated
+            truncated[slots] = cut & ~result.terminated
+            going[slots] = ~(result.terminated | cut)
+        self._running &= ~(terminated | truncated)
+        return ChunkResult(self._observation(), rewards, terminated, truncated, success, taken)
+
+    def render(
+        self, indices: Sequence[int] | NDArray[np.int64], height: int, width: int, *, show_arm: bool = True
+    ) -> NoReturn:
+        """There is nothing to draw.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError(f"{self.spec.name} has no cameras and draws no frames; leave videos out")
+
+    def close(self) -> None:
+        """Frees the simulators; calling it again does nothing."""
+        if not self._closed:
+            self._closed = True
+            self._free()
+
+    def _observation(self) -> Observation:
+        return {
+            STATE_KEY: self.states.copy(),
+            TASK_KEY: [self.spec.instructions[task] for task in self._tasks],
+        }
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this environment was closed; make a new one")
