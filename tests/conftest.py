@@ -96,6 +96,26 @@ def small_policy(small_policy_folders):
     return lambda kind="pi0": load_policy(small_policy_folders[kind], device="cpu")
 
 
+@pytest.fixture(scope="session")
+def mlp_folder(tmp_path_factory):
+    """An untrained flow policy without a VLM for the toy environments: two numbers of action, H = C = 2, K = 4."""
+    from pi_rl.envs.registry import check_name_and_options
+    from pi_rl.policies.mlp.create import action_bounds, create_mlp_policy
+
+    spec = check_name_and_options("toy:point-mass", {})
+    return create_mlp_policy(
+        state_dim=spec.state_dim,
+        action_dim=spec.action_dim,
+        chunk_size=2,
+        n_action_steps=2,
+        denoising_steps=4,
+        hidden=(32, 32),
+        dataset_stats=action_bounds(spec.action_low, spec.action_high),
+        output_dir=tmp_path_factory.mktemp("mlp") / "policy",
+        seed=0,
+    )
+
+
 @pytest.fixture
 def metaworld_env():
     """Makes small, quickly rendered MetaWorld environments and closes them."""
