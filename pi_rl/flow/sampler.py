@@ -6,6 +6,10 @@ Noise, MDP and likelihood are separate choices (paper sections 4.1.2, 4.2.2 and 
     one_layer   every one                   1, the chain                      joint over the steps (Eq. 5)
     two_layer   every one                   one per step                      that step's (Eq. 9)
     hybrid      one, drawn; the rest ODE    1, the drawn step                 that step's (Eq. 10)
+
+The policy gradient of each is that of the actions it scores, at unchanged everything else: what the same weights do in
+ODE steps, in a last step without noise and in the unscored elements (in either `noise_scope`) counts as environment.
+With every element of every step scored it is the gradient of the expected return, exactly.
 """
 
 from dataclasses import dataclass
@@ -33,9 +37,9 @@ class FlowSampler:
         denoising_steps: K, at least 1.
         noise_level: ``a`` of ``flow_sde`` (positive) or ``flow_cps`` (in (0, 1]); None for the other kinds.
         ignore_last: Never make the last step stochastic. ``flow_cps`` implies it, because its last std is 0.
-        noise_scope: ``scored`` injects noise into the scored elements alone, the others follow the ODE, and the
-            log-prob is the exact likelihood of the transition. ``all`` is the published code's behaviour: noise in
-            every element, of which the scored ones alone enter the log-prob.
+        noise_scope: ``scored`` injects noise into the scored elements alone, the others follow the ODE: whatever is
+            random is in the log-prob. ``all`` is the published code's behaviour: noise in every element, of which the
+            scored ones alone enter the log-prob.
         joint_reduction: ``sum`` is the exact joint log-prob of a ``one_layer`` chain. ``mean`` is the published
             code's: the standard-normal log-prob of the initial noise is added, then the total is divided by K + 1.
         likelihood_level: What one probability ratio covers: the whole ``chunk`` (Eq. 15), one ``action`` of it or one
