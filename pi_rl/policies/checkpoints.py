@@ -5,6 +5,7 @@ model.safetensors                all weights, keys "model.*"
 policy_preprocessor.json, policy_postprocessor.json and their *.safetensors
 tokenizer.json, tokenizer_config.json, …     only when the policy carries its own tokenizer
 critic.safetensors, noise_network.safetensors     for continued RL; LeRobot ignores them
+adapter/     LoRA adapters in PEFT's format, also for continued RL; model.safetensors holds the merged weights
 """
 
 import copy
@@ -22,15 +23,13 @@ import torch
 from huggingface_hub import snapshot_download
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
-from lerobot.policies.pi0.configuration_pi0 import PI0Config
-from lerobot.policies.pi05.configuration_pi05 import PI05Config
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import PolicyProcessorPipeline, TokenizerProcessorStep
 from torch import Tensor, nn
 
-import pi_rl.policies.small  # noqa: F401  (registers the small policy types)
 from pi_rl.policies.actor_critic import FlowActorCritic
 from pi_rl.policies.flow_policy import check_compatibility as check_compatibility
+from pi_rl.policies.lora import VLM_PREFIX, has_lora, merged_state_dict, read_adapter, save_adapter
 from pi_rl.policies.weights import (
     build_with_weights,
     check_tensors,
@@ -39,6 +38,7 @@ from pi_rl.policies.weights import (
     read_tensors,
     write_tensors,
 )
+from pi_rl.policies.wrap import supported_config_types
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -46,6 +46,7 @@ PREPROCESSOR_FILE = "policy_preprocessor.json"
 POSTPROCESSOR_FILE = "policy_postprocessor.json"
 CRITIC_FILE = "critic.safetensors"
 NOISE_NETWORK_FILE = "noise_network.safetensors"
+ADAPTER_FOLDER = "adapter"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -63,7 +64,7 @@ class LoadedPolicy:
     """A policy with its processors.
 
     Attributes:
-        policy: LeRobot policy in eval mode; wrap it with `PiFlowPolicy` for reinforcement learning.
+        policy: LeRobot policy in eval mode; `pi_rl.policies.wrap.wrap_policy` prepares it for reinforcement learning.
         preprocessor: Raw observations → batch for the policy.
         postprocessor: Normalised actions (B, T, A) → environment actions.
         path: Folder it was read from; None for a policy made in memory.
@@ -83,7 +84,7 @@ def load_policy(
     n_action_steps: int | None = None,
     denoising_steps: int | None = None,
 ) -> LoadedPolicy:
-    """Loads a π0 or π0.5 policy, strictly: it has the file's weights or there is an error.
+    """Loads a flow policy, strictly: it has the file's weights or there is an error.
 
     Args:
         path_or_hub_id: Folder in LeRobot's layout, or a Hub id "user/name".
@@ -111,10 +112,51 @@ def load_policy(
 def load_policy_weights(policy: PreTrainedPolicy, folder: str | Path) -> None:
     """Copies the weights of a policy folder into an existing policy of the same sizes, in place.
 
+    With LoRA, adapters come from the folder's `adapter/` and everything outside the VLM from its weights; the VLM
+    under the adapters stays, after a check that merging gives the folder's weights.
+
     Raises:
-        ValueError: If the weights are missing or do not fit; the policy is unchanged then.
+        ValueError: If the weights are missing or do not fit, only one of policy and folder has adapters, or the
+            folder's adapters were trained on another VLM; the policy is unchanged then.
     """
-    load_weights(policy, Path(folder) / WEIGHTS_FILE)
+    folder = Path(folder)
+    stored, live = (folder / ADAPTER_FOLDER).is_dir(), has_lora(policy)
+    if stored != live:
+        raise ValueError(
+            f"{folder} was trained with{'' if stored else 'out'} LoRA, this run is with{'' if live else 'out'} it. "
+            "Continue with the settings of that run, or start anew from the folder with model=, which reads the "
+            "merged weights."
+        )
+    if live:
+        _load_adapted_weights(policy, folder)
+    else:
+        load_weights(policy, folder / WEIGHTS_FILE)
+
+
+def _load_adapted_weights(policy: PreTrainedPolicy, folder: Path) -> None:
+    path = folder / WEIGHTS_FILE
+    tensors = read_tensors(path, "policy weights")
+    adapters = read_adapter(folder / ADAPTER_FOLDER, policy)
+    live = policy.state_dict()
+    merged = merged_state_dict(policy, {**live, **adapters})
+    check_tensors(tensors, merged, str(path))
+    vlm = [name for name in merged if name.startswith(VLM_PREFIX)]
+    other = [name for name in vlm if not _same(tensors[name], merged[name].cpu(), rounded=name not in live)]
+    if other:
+        raise ValueError(
+            f"The run of {folder} was started from another base policy: {len(other)} of {len(vlm)} VLM tensors, such "
+            f"as {other[0]}, are not this policy's with the folder's adapters merged. Pass the model that run was "
+            "given, or start anew from the folder with model=."
+        )
+    trained = {name: tensor for name, tensor in tensors.items() if not name.startswith(VLM_PREFIX)}
+    policy.load_state_dict({**trained, **adapters}, strict=False)
+
+
+def _same(stored: Tensor, live: Tensor, *, rounded: bool) -> bool:
+    """Whether two tensors are equal; sums may differ by a unit in the last place between processors."""
+    if stored.dtype != live.dtype:
+        return False
+    return torch.allclose(stored, live, rtol=2**-22, atol=1e-12) if rounded else torch.equal(stored, live)
 
 
 def save_policy(
@@ -133,9 +175,11 @@ def save_policy(
     Files are written beside the folder, flushed to disk and renamed: a new folder appears complete or not at all; in
     an existing one each file is replaced whole, the weights last, and files of other names are left alone.
 
+    A policy with LoRA is written with merged weights, as any other, and its adapters into `adapter/`.
+
     Args:
         folder: Target folder.
-        policy: LeRobot policy.
+        policy: LeRobot policy, with LoRA adapters or without.
         preprocessor: Its preprocessor.
         postprocessor: Its postprocessor.
         tokenizer_source: Folder whose tokenizer files go into the checkpoint. None, or a folder without
@@ -155,6 +199,7 @@ def save_policy(
     tensors = dict(policy.state_dict() if state_dict is None else state_dict)
     if state_dict is not None:
         check_tensors(tensors, policy.state_dict(), "state_dict")
+    adapted = has_lora(policy)
     source = _tokenizer_source(preprocessor, tokenizer_source)
     with _replacing(folder) as temporary:
         preprocessor.save_pretrained(temporary)
@@ -166,7 +211,11 @@ def save_policy(
                     shutil.copyfile(source / name, temporary / name)
             set_tokenizer_name(temporary, tokenizer_name or str(folder))
         _write_extra_files(temporary, extra_files or {})
-        write_tensors(temporary / WEIGHTS_FILE, tensors)
+        if adapted:
+            save_adapter(temporary / ADAPTER_FOLDER, policy, tensors)
+        write_tensors(temporary / WEIGHTS_FILE, merged_state_dict(policy, tensors))
+    if not adapted:
+        shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)  # of a policy that was there before
     return folder
 
 
@@ -198,7 +247,7 @@ def has_tokenizer_files(folder: Path) -> bool:
 
 
 def save_heads(folder: str | Path, actor_critic: FlowActorCritic) -> None:
-    """Writes critic.safetensors and, with a noise network, noise_network.safetensors, each atomically.
+    """Writes critic.safetensors and noise_network.safetensors, each atomically, as far as the model has them.
 
     They stay out of model.safetensors: LeRobot refuses unknown keys there.
     """
@@ -222,10 +271,8 @@ def load_heads(folder: str | Path, actor_critic: FlowActorCritic) -> None:
 
 
 def _heads(actor_critic: FlowActorCritic) -> dict[str, nn.Module]:
-    heads: dict[str, nn.Module] = {CRITIC_FILE: actor_critic.value_head}
-    if actor_critic.noise_network is not None:
-        heads[NOISE_NETWORK_FILE] = actor_critic.noise_network
-    return heads
+    heads = {CRITIC_FILE: actor_critic.value_head, NOISE_NETWORK_FILE: actor_critic.noise_network}
+    return {name: head for name, head in heads.items() if head is not None}
 
 
 def _resolve_folder(path_or_hub_id: str | Path, revision: str | None) -> Path:
@@ -248,11 +295,7 @@ def _read_json(path: Path, what: str) -> dict[str, Any]:
 
 def _read_config(folder: Path) -> PreTrainedConfig:
     stored = _read_json(folder / CONFIG_FILE, "configuration")
-    types = sorted(
-        name
-        for name, choice in PreTrainedConfig.get_known_choices().items()
-        if issubclass(choice, PI0Config | PI05Config)
-    )
+    types = supported_config_types()
     if stored.get("type") not in types:
         raise ValueError(f"{folder / CONFIG_FILE} has type {stored.get('type')!r}; supported types are {types}.")
     if stored.get("use_peft"):
@@ -332,12 +375,13 @@ def _replacing(folder: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         yield temporary
-        files = sorted(temporary.iterdir(), key=lambda path: path.name == WEIGHTS_FILE)
-        for path in files:
+        entries = sorted(temporary.iterdir(), key=lambda path: path.name == WEIGHTS_FILE)
+        for path in (*temporary.rglob("*"), temporary):
             flush_to_disk(path)
-        flush_to_disk(temporary)
         if folder.exists():
-            for path in files:
+            for path in entries:
+                if path.is_dir():
+                    shutil.rmtree(folder / path.name, ignore_errors=True)
                 os.replace(path, folder / path.name)
             flush_to_disk(folder)
         else:

@@ -1,4 +1,4 @@
-"""What reinforcement learning needs from a flow-matching policy: a frozen prefix and a velocity field.
+"""What reinforcement learning needs from a flow-matching policy: a prefix per observation and a velocity field.
 
 Notation: B samples, H predicted horizon, C executed steps, D padded action dims, A real action dims, S prefix tokens,
 L layers. Time t runs from 1 (noise) to 0 (action); the velocity is noise − action.
@@ -20,7 +20,8 @@ class Prefix:
     """Everything the action expert and the critic need to know about B observations.
 
     With a frozen VLM it depends on the observation alone, so it is computed once in the rollout and reused by the
-    update (paper section 4: only the action expert is trained).
+    update (paper section 4: only the action expert is trained). With LoRA on the VLM (section 5.5) it changes with
+    the weights, and the update computes it anew, with gradients.
 
     Attributes:
         kv: Keys and values of the prefix tokens, (L, 2, B, kv heads, S, head dim).
@@ -99,9 +100,11 @@ def batch_axis(name: str) -> int:
 
 
 class FlowPolicy(nn.Module, abc.ABC):
-    """A flow-matching policy with a frozen prefix and a trainable action expert.
+    """A flow-matching policy: a prefix per observation, frozen or live, and a trainable action expert.
 
     Attributes:
+        prefix_is_live: Whether prefixes depend on trained weights (LoRA on the VLM), so that the update has to encode
+            observations again instead of reading stored prefixes.
         chunk_size: Predicted horizon H.
         n_action_steps: Executed steps C ≤ H of every chunk.
         denoising_steps: Deployment default of the denoising steps K.
@@ -114,6 +117,7 @@ class FlowPolicy(nn.Module, abc.ABC):
         cameras: Feature keys of the images the policy was built for.
     """
 
+    prefix_is_live: bool = False
     chunk_size: int
     n_action_steps: int
     denoising_steps: int
@@ -127,7 +131,9 @@ class FlowPolicy(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def encode_prefix(self, batch: Mapping[str, Any]) -> Prefix:
-        """Runs the frozen VLM on preprocessed observations, without gradients and in eval mode.
+        """Runs the VLM on preprocessed observations in eval mode.
+
+        Gradients flow only where `prefix_is_live` and gradients are enabled; the numbers are the same either way.
 
         Args:
             batch: Output of the policy's preprocessor for B observations.
@@ -138,10 +144,10 @@ class FlowPolicy(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def velocity(self, prefix: Prefix, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        """Velocity field u(x, t) ≈ noise − action, differentiable in the expert's parameters.
+        """Velocity field u(x, t) ≈ noise − action, differentiable in the expert's parameters and in a live prefix.
 
         Args:
-            prefix: B observations; treated as a constant.
+            prefix: B observations.
             x: Noisy actions, (B, H, D) float32.
             t: Time in [0, 1], (B,) float32; 1 is noise.
 
@@ -151,7 +157,7 @@ class FlowPolicy(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def freeze_vlm(self) -> None:
-        """Leaves only the action expert and its projections trainable, and keeps the VLM in eval mode from then on."""
+        """Leaves action expert, projections and LoRA adapters trainable; the VLM stays in eval mode from then on."""
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters that receive gradients."""

@@ -16,6 +16,7 @@ from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LAN
 from torch import Tensor
 
 from pi_rl.policies.flow_policy import FlowPolicy, Prefix
+from pi_rl.policies.lora import has_lora, lora_parameters
 
 _EMPTY_CAMERA = "empty_camera"
 
@@ -77,6 +78,7 @@ class PiFlowPolicy(FlowPolicy):
         self.language_tokens = language_tokens
         self._state_in_suffix = isinstance(policy, PI0Policy)
         self._vlm_frozen = False
+        self.prefix_is_live = has_lora(policy)
         self.chunk_size = config.chunk_size
         self.n_action_steps = config.n_action_steps
         self.denoising_steps = config.num_inference_steps
@@ -102,14 +104,14 @@ class PiFlowPolicy(FlowPolicy):
         return self.policy.model.paligemma_with_expert.gemma_expert
 
     def train(self, mode: bool = True) -> "PiFlowPolicy":
-        """Sets the training mode; a frozen VLM stays in eval mode."""
+        """Sets the training mode; a frozen VLM stays in eval mode, also when it has adapters."""
         super().train(mode)
         if self._vlm_frozen:
             self._vlm.eval()
         return self
 
     def freeze_vlm(self) -> None:
-        """Leaves the expert and the projections trainable.
+        """Leaves the expert, the projections and LoRA adapters trainable.
 
         The expert's language head is frozen too: LeRobot builds it but no forward pass uses it, and distributed
         wrappers wait for the gradients of every trainable parameter.
@@ -117,12 +119,15 @@ class PiFlowPolicy(FlowPolicy):
         self._vlm_frozen = True
         self.policy.requires_grad_(True)
         self._vlm.requires_grad_(False)
+        for parameter in lora_parameters(self._vlm):
+            parameter.requires_grad_(True)
         self._expert.lm_head.requires_grad_(False)
         self._vlm.eval()
 
-    @torch.no_grad()
     def encode_prefix(self, batch: Mapping[str, Any]) -> Prefix:
         """Runs SigLIP and the language model on preprocessed observations; see `FlowPolicy.encode_prefix`.
+
+        `Prefix.pooled` carries gradients too when the prefix is live.
 
         Args:
             batch: Output of the preprocessor: images (B, 3, height, width) in [0, 1] by feature key,
@@ -132,6 +137,10 @@ class PiFlowPolicy(FlowPolicy):
         Raises:
             ValueError: If a key is missing, or a prompt is longer than `language_tokens`.
         """
+        with torch.set_grad_enabled(self.prefix_is_live and torch.is_grad_enabled()):
+            return self._encode(batch)
+
+    def _encode(self, batch: Mapping[str, Any]) -> Prefix:
         images, image_masks = self._images(batch)
         tokens, token_mask = self._language(batch)
         model, language_model = self.policy.model, self._language_model

@@ -86,7 +86,8 @@ def canonical_policy_tensors(tensors: Mapping[str, Tensor], expected: Mapping[st
         tensors: The file's tensors.
         expected: The model's state dict, shapes only.
     """
-    named = {name if name.startswith(_ROOT) else _ROOT + name: tensor for name, tensor in tensors.items()}
+    known = {name for name in tensors if name in expected or name.startswith(_ROOT)}
+    named = {name if name in known else _ROOT + name: tensor for name, tensor in tensors.items()}
     for name, twin in ((_EMBEDDING, _VLM_HEAD), (_VLM_HEAD, _EMBEDDING)):
         if name in expected and name not in named and twin in named:
             named[name] = named[twin]

@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
 from pi_rl.policies.checkpoints import (
+    ADAPTER_FOLDER,
     has_tokenizer_files,
     load_heads,
     load_policy,
@@ -19,6 +20,7 @@ from pi_rl.policies.checkpoints import (
     save_policy,
     set_tokenizer_name,
 )
+from pi_rl.policies.lora import VLM_PREFIX, add_lora, has_lora, lora_parameters, save_adapter, vlm_lora_config
 from pi_rl.policies.pi import PiFlowPolicy
 
 EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
@@ -314,3 +316,133 @@ def test_heads_are_strict(policy, toolbox, tmp_path, noise):
     save_file({"layers.0.weight": torch.zeros(1)}, tmp_path / "critic.safetensors")
     with pytest.raises(ValueError, match="wrong shape"):
         load_heads(tmp_path, other)
+
+
+def test_a_model_without_critic_has_no_critic_file(policy, toolbox, tmp_path):
+    actor_critic = toolbox.make_actor_critic(policy, "flow_noise")
+    save_heads(tmp_path / "both", actor_critic)
+    actor_critic.value_head = None
+    save_heads(tmp_path / "noise", actor_critic)
+    assert [path.name for path in (tmp_path / "noise").iterdir()] == ["noise_network.safetensors"]
+    load_heads(tmp_path / "both", actor_critic)
+    actor_critic.noise_network = None
+    save_heads(tmp_path / "none", actor_critic)
+    load_heads(tmp_path / "none", actor_critic)
+    assert list((tmp_path / "none").iterdir()) == []
+
+
+# ---- LoRA ----------------------------------------------------------------------------------------------------------
+
+
+def with_lora(loaded, seed=None):
+    """Adapters on a loaded policy; with a seed, everything trained is moved a little."""
+    policy = PiFlowPolicy(loaded.policy)
+    add_lora(policy, vlm_lora_config(rank=4, alpha=6))
+    for parameter in policy.trainable_parameters():
+        parameter.data = parameter.data.float()
+    if seed is not None:
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for parameter in policy.trainable_parameters():
+                parameter.add_(0.02 * torch.randn(parameter.shape, generator=generator))
+    return loaded
+
+
+def save(loaded, folder):
+    return save_policy(folder, loaded.policy, loaded.preprocessor, loaded.postprocessor)
+
+
+def test_adapted_policies_are_deployed_merged(loaded, toolbox, tmp_path):
+    before = actions(loaded, toolbox)
+    with_lora(loaded, seed=0)
+    live = actions(loaded, toolbox)
+    assert (live - before).abs().max() > 0.05
+    folder = save(loaded, tmp_path / "p")
+    assert json.loads((folder / "config.json").read_text())["use_peft"] is False
+    assert not any("lora" in name or "base_layer" in name for name in load_file(folder / "model.safetensors"))
+    assert {path.name for path in (folder / ADAPTER_FOLDER).iterdir()} == {
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    again = load_policy(folder)
+    assert not has_lora(again.policy)
+    torch.testing.assert_close(actions(again, toolbox), live, rtol=1e-4, atol=2e-5)
+    plain = get_policy_class(loaded.policy.config.type).from_pretrained(folder, strict=True)
+    for name, tensor in again.policy.state_dict().items():
+        assert torch.equal(plain.state_dict()[name], tensor), name
+    again.policy = plain.eval()
+    torch.testing.assert_close(actions(again, toolbox), live, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_adapted_policies_resume_bitwise(toolbox, tmp_path, dtype):
+    base = toolbox.write_policy("pi05", tmp_path / "base", dtype=dtype)
+    trained = with_lora(load_policy(base), seed=0)
+    folder = save(trained, tmp_path / "checkpoint")
+    resumed = with_lora(load_policy(base))
+    tensors = {name: tensor.data_ptr() for name, tensor in resumed.policy.state_dict().items()}
+    load_policy_weights(resumed.policy, folder)
+    for name, tensor in trained.policy.state_dict().items():
+        mine = resumed.policy.state_dict()[name]
+        assert mine.dtype == tensor.dtype, name
+        assert torch.equal(mine, tensor), name
+        assert mine.data_ptr() == tensors[name], name
+    save(resumed, folder)  # over the old one
+    load_policy_weights(with_lora(load_policy(base)).policy, folder)
+    assert torch.equal(actions(resumed, toolbox), actions(trained, toolbox))
+
+
+def test_resuming_on_another_base_is_refused(toolbox, tmp_path):
+    base = toolbox.write_policy("pi0", tmp_path / "base")
+    folder = save(with_lora(load_policy(base), seed=0), tmp_path / "checkpoint")
+    key = f"{VLM_PREFIX}model.language_model.layers.0.self_attn.q_proj.base_layer.weight"
+    for name in (key, f"{VLM_PREFIX}model.language_model.norm.weight"):
+        other = with_lora(load_policy(base))
+        with torch.no_grad():
+            other.policy.get_parameter(name).view(-1)[0] += 1e-5
+        before = {name: tensor.clone() for name, tensor in other.policy.state_dict().items()}
+        with pytest.raises(ValueError, match=r"another base policy: 1 of \d+ VLM tensors"):
+            load_policy_weights(other.policy, folder)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in other.policy.state_dict().items())
+    with pytest.raises(ValueError, match="another base policy"):  # its own merged weights are another base, too
+        load_policy_weights(with_lora(load_policy(folder)).policy, folder)
+
+
+def test_runs_with_and_without_lora_do_not_mix(loaded, tmp_path):
+    without = save(loaded, tmp_path / "without")
+    with_lora(loaded, seed=0)
+    adapted = save(loaded, tmp_path / "with")
+    with pytest.raises(ValueError, match="was trained without LoRA, this run is with it"):
+        load_policy_weights(loaded.policy, without)
+    with pytest.raises(ValueError, match="was trained with LoRA, this run is without it"):
+        load_policy_weights(load_policy(without).policy, adapted)
+    merged = load_policy(adapted)
+    save(merged, adapted)  # a policy without adapters leaves none behind
+    assert not (adapted / ADAPTER_FOLDER).exists()
+    load_policy_weights(merged.policy, adapted)
+
+
+def test_adapted_weights_can_be_given(loaded, toolbox, tmp_path):
+    with_lora(loaded, seed=0)
+    gathered = {name: tensor.clone() for name, tensor in loaded.policy.state_dict().items()}
+    live = actions(loaded, toolbox)
+    with torch.no_grad():
+        for parameter in lora_parameters(loaded.policy):
+            parameter.zero_()
+    folder = save_policy(tmp_path / "p", loaded.policy, loaded.preprocessor, loaded.postprocessor, state_dict=gathered)
+    torch.testing.assert_close(actions(load_policy(folder), toolbox), live, rtol=1e-4, atol=2e-5)
+    stored = load_file(folder / ADAPTER_FOLDER / "adapter_model.safetensors")
+    assert all(tensor.any() for tensor in stored.values())
+
+
+def test_damaged_adapters_are_refused(loaded, tmp_path):
+    with_lora(loaded, seed=0)
+    folder = save(loaded, tmp_path / "p")
+    (folder / ADAPTER_FOLDER / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="adapter_model.safetensors is missing"):
+        load_policy_weights(loaded.policy, folder)
+    with torch.no_grad():
+        next(lora_parameters(loaded.policy)).add_(1.0)
+    save_adapter(folder / ADAPTER_FOLDER, loaded.policy)  # newer than the weights beside them
+    with pytest.raises(ValueError, match="adapters merged"):
+        load_policy_weights(loaded.policy, folder)

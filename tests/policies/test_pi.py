@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache
 
 from pi_rl.policies.flow_policy import Prefix
+from pi_rl.policies.lora import add_lora, lora_parameters, vlm_lora_config
 from pi_rl.policies.pi import PiFlowPolicy
 
 
@@ -147,7 +148,8 @@ def test_gradients_reach_expert_and_heads_only(policy, batch, toolbox, noise):
     actor_critic = toolbox.make_actor_critic(policy, noise)
     prefix = actor_critic("encode", batch=batch)
     chain, _ = toolbox.draw(actor_critic, prefix)
-    score, values = actor_critic("score", prefix=prefix, chain=chain)
+    critic_input = actor_critic.value_head.observe(prefix)
+    score, values = actor_critic("score", inputs=prefix, chain=chain, critic_input=critic_input)
     (score.log_prob.sum() + values.sum() + score.entropy.sum()).backward()
     with_gradient = {name for name, p in actor_critic.named_parameters() if p.grad is not None}
     expected = {name for name, _ in actor_critic.named_parameters() if learning(name)}
@@ -160,9 +162,13 @@ def test_gradients_reach_expert_and_heads_only(policy, batch, toolbox, noise):
 
 
 def test_values_send_no_gradient_to_the_policy(policy, batch, toolbox):
+    add_lora(policy, vlm_lora_config(rank=2))
     actor_critic = toolbox.make_actor_critic(policy)
-    actor_critic("value", prefix=actor_critic("encode", batch=batch)).sum().backward()
+    prefix = actor_critic("encode", batch=batch)
+    assert prefix.pooled.requires_grad
+    actor_critic.value_head(actor_critic.value_head.observe(prefix)).sum().backward()
     assert all(p.grad is None for p in policy.parameters())
+    assert all(p.grad is not None for p in actor_critic.value_head.parameters())
 
 
 def test_checkpointed_layers_give_the_same_gradient(policy, batch):
@@ -191,7 +197,7 @@ def test_published_size_and_its_split(kind, billions, expert):
         },
         "output_features": {"action": PolicyFeature(FeatureType.ACTION, (7,))},
     }
-    config = make_policy_config(kind, device="cpu", **features)
+    config = make_policy_config(kind, device="cpu", dtype="bfloat16", **features)
     config.device = None
     with init_empty_weights(include_buffers=False):
         policy = PiFlowPolicy(get_policy_class(kind)(config))
@@ -204,3 +210,10 @@ def test_published_size_and_its_split(kind, billions, expert):
     }
     assert (policy.chunk_size, policy.action_dim, policy.max_action_dim) == (50, 7, 32)
     assert (policy.feature_dim, policy.pooled_dim) == (1024, 2048)
+    without = len(policy.trainable_parameters())
+    with init_empty_weights(include_buffers=False):
+        add_lora(policy, vlm_lora_config())
+    # 17 language layers of 7, keys and values of the last one, 27 vision layers of 6
+    assert len(policy.trainable_parameters()) - without == 2 * (17 * 7 + 2 + 27 * 6)
+    assert sum(p.numel() for p in lora_parameters(policy)) == 54_582_272
+    assert {p.dtype for p in lora_parameters(policy)} == {torch.float32}
