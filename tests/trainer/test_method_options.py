@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 
 from pi_rl import FlowGRPOConfig, FlowGRPOTrainer, FlowPPOConfig, FlowPPOTrainer
 
-ENV, ENV_OPTIONS = "toy:point-mass", {"max_episode_steps": 8, "tolerance": 0.39, "reward": "distance"}
+ENV, ENV_OPTIONS = "toy:point-mass", {"max_episode_steps": 8, "tolerance": 0.29, "reward": "distance"}
 COMMON = {
     "use_cpu": True,
     "seed": 3,

@@ -46,14 +46,15 @@ with env:
 # the other algorithms in a quick environment, again with one minibatch of everything
 for name, make_config, make_trainer, options in (
     ("two_layer", FlowPPOConfig, FlowPPOTrainer, dict(noise="flow_sde", mdp="two_layer", critic="expert",
-     critic_hidden_sizes=[16], normalize_rewards=True, rollout_epochs=2, per_device_train_batch_size=256 // world)),
+     critic_hidden_sizes=[16], normalize_rewards=True, rollout_epochs=2, rollout_chunks=4,
+     per_device_train_batch_size=256 // world)),
     ("grpo", FlowGRPOConfig, FlowGRPOTrainer, dict(noise="flow_noise", noise_std_min=0.4, noise_std_max=1.0,
-     group_size=4, per_device_train_batch_size=32 // world)),
+     group_size=4, seed=1, rollout_chunks=6, per_device_train_batch_size=48 // world)),
 ):
-    args = make_config(output_dir=f"{out}/{name}", use_cpu=True, num_iterations=3, num_envs=8, rollout_chunks=4,
+    args = make_config(output_dir=f"{out}/{name}", use_cpu=True, num_iterations=3, num_envs=8,
                        update_epochs=2, learning_rate=1e-3, lr_scheduler_type="constant", denoising_steps=4,
                        eval_episodes=0, disable_tqdm=True, **options)
-    trainer = make_trainer(toy_policy, args, "toy:point-mass", {"max_episode_steps": 8, "tolerance": 0.39})
+    trainer = make_trainer(toy_policy, args, "toy:point-mass", {"max_episode_steps": 12, "tolerance": 0.29})
     trainer.train()
     trained = {key: value.contiguous() for key, value in trainer.actor_critic.state_dict().items()}
     save_file(trained, f"{out}/{name}-rank{args.process_index}.safetensors")
@@ -127,6 +128,8 @@ def test_other_algorithms_learn_with_two_processes_what_they_learn_with_one(runs
         torch.testing.assert_close(first[key], value, rtol=2e-3, atol=5e-5, msg=lambda text, key=key: f"{key}: {text}")
     alone, shared = (json.loads((run_folder / count / f"{name}-rank0.json").read_text()) for count in ("1", "2"))
     assert len(alone) == len(shared) == 3
+    if name == "grpo":  # at first only the group of the second process teaches something
+        assert 0 < alone[0]["groups/informative"] < 1
     for before, after in zip(alone, shared, strict=True):
         for key in before.keys() - {"learning_rate", "epoch", "step"}:
             if not key.startswith(("time/", "policy/ratio_error")):
