@@ -10,7 +10,7 @@ from pi_rl.flow.chain import Chain, ChainScore, sample_chain, score_chain
 from pi_rl.flow.noise_network import NoiseNetwork
 from pi_rl.flow.sampler import FlowSampler
 
-B, K, H, D = 6, 3, 4, 3
+B, K, H, D = 6, 2, 4, 3
 SCORED = torch.zeros(H, D, dtype=torch.bool)
 SCORED[:2, :2] = True
 
