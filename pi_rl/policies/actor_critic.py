@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pi_rl.flow.chain import Chain, ChainScore, FlowSampler, VelocityFn, sample_chain, score_chain
+from pi_rl.flow.chain import Chain, ChainScore, VelocityFn, sample_chain, score_chain
 from pi_rl.flow.noise_network import NoiseNetwork
+from pi_rl.flow.sampler import FlowSampler
 from pi_rl.policies.critic import ValueHead
 from pi_rl.policies.flow_policy import FlowPolicy, Prefix
 

@@ -8,7 +8,7 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from pi_rl.arguments import option
-from pi_rl.flow.chain import FlowSampler
+from pi_rl.flow.sampler import FlowSampler
 
 FLOW, UPDATE, ROLLOUT, EVAL = "Flow sampling", "Policy update", "Rollout", "Evaluation and checkpoints"
 

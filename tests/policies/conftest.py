@@ -6,8 +6,8 @@ import types
 import pytest
 import torch
 
-from pi_rl.flow.chain import FlowSampler
 from pi_rl.flow.noise_network import NoiseNetwork
+from pi_rl.flow.sampler import FlowSampler
 from pi_rl.policies.actor_critic import FlowActorCritic
 from pi_rl.policies.checkpoints import load_policy
 from pi_rl.policies.critic import ValueHead
