@@ -31,7 +31,7 @@ from pi_rl.argument_values import (
 )
 
 INHERITED_GROUP = "Hugging Face TrainingArguments"
-RESERVED = ("config", "base", "help", "help_all")
+RESERVED = ("config", "base", "without", "help", "help_all")
 
 
 class ArgumentsError(ValueError):
@@ -77,7 +77,8 @@ def parse_recipe_arguments(
 
     Precedence, lowest first: the fields' defaults, ``defaults``, the YAML file, the command line. The file is the one
     of ``--config``, else ``default_config``. A file may name another one with ``base: other.yaml`` (relative to
-    itself); its own keys replace the base's, whole values at a time.
+    itself); its own keys replace the base's, whole values at a time, and those it lists in ``without: [name, …]`` are
+    not inherited.
 
     A field's help and topic come from ``field(metadata={"help": …, "group": …})``. ``--help`` prints the fields by
     topic; fields inherited from ``transformers.TrainingArguments`` come last and only with ``--help_all``.
@@ -259,6 +260,11 @@ def _read_config(path: Path, chain: tuple[Path, ...]) -> dict[str, tuple[Any, st
     if base is not None and not isinstance(base, str):
         raise ArgumentsError(f"base={base!r} in {path} must be one file name, relative to {path.parent}.")
     inherited = _read_config(path.parent / base, (*chain, path)) if base is not None else {}
+    without = content.pop("without", [])
+    if not isinstance(without, list) or not all(key in [*inherited] for key in without):
+        keys = ", ".join(inherited) or "none, as there is no base"
+        raise ArgumentsError(f"without={without!r} in {path} must list keys that its base has: {keys}.")
+    inherited = {key: value for key, value in inherited.items() if key not in without}
     return inherited | {key.replace("-", "_"): (value, str(path)) for key, value in content.items()}
 
 
@@ -275,7 +281,7 @@ def _checked(options: dict[str, _Option], name: str, value: Any, place: str) -> 
 
 
 def _unknown(name: str, options: dict[str, _Option], place: str, prefix: str) -> str:
-    valid = [*options, *(["config"] if prefix else ["base"])]
+    valid = [*options, *(["config"] if prefix else ["base", "without"])]
     near = difflib.get_close_matches(name, valid, n=3, cutoff=0.5) or difflib.get_close_matches(name, valid, 1, 0.0)
     return (
         f"{prefix}{name} {place} is not an option of this recipe; the nearest: "

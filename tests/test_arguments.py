@@ -257,11 +257,22 @@ def test_classes_that_do_not_fit_together() -> None:
         ("base: missing.yaml", r"missing\.yaml, named as base by .*run\.yaml, does not exist"),
         ("base: [a, b]", "one file name"),
         ("base: run.yaml", r"circle: .*run\.yaml -> .*run\.yaml"),
+        ("without: [steps]", "must list keys that its base has: none"),
     ],
 )
 def test_bad_files(write, text: str, message: str) -> None:
     with pytest.raises(ArgumentsError, match=message):
         parse("--config", str(write("run.yaml", text)))
+
+
+def test_a_file_leaves_out_what_it_does_not_inherit(write) -> None:
+    write("base.yaml", "steps: 7\nlearning_rate: 0.5\n")
+    path = write("run.yaml", "base: base.yaml\nwithout: [steps]\n")
+    _, training = parse("--config", str(path))
+    assert (training.steps, training.learning_rate) == (Training().steps, 0.5)
+    path.write_text("base: base.yaml\nwithout: [step]\n")
+    with pytest.raises(ArgumentsError, match=r"without=\['step'\] .* keys that its base has: steps, learning_rate"):
+        parse("--config", str(path))
 
 
 def test_missing_file_names_the_nearest(write) -> None:

@@ -6,7 +6,9 @@ whose subclass below serves frames from memory and reports progress. LeRobot its
 
 import json
 import os
+import shutil
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +16,8 @@ from typing import Any, TextIO
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
+from lerobot.common.train_utils import load_training_step
 from lerobot.configs import PreTrainedConfig
 from lerobot.configs.default import DatasetConfig
 from lerobot.configs.train import TrainPipelineConfig
@@ -22,15 +26,16 @@ from lerobot.optim.optimizers import AdamWConfig
 from lerobot.optim.schedulers import CosineDecayWithWarmupSchedulerConfig
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.scripts.lerobot_train import train
+from lerobot.utils.random_utils import load_rng_state
 from safetensors import safe_open
 from torch import Tensor
-from torch.nn.functional import pad
 from torch.utils.data import DataLoader, Dataset
 
 from pi_rl.policies import small  # noqa: F401  registers the small policy types with LeRobot
 from pi_rl.trainer.sft import SftJob
 
 _PROGRESS_INTERVAL_S = 0.25
+_ROOT, _HEAD, _EMBEDDING = "model.", "lm_head.weight", "language_model.embed_tokens.weight"
 
 
 class InMemoryDataset(Dataset[dict[str, Any]]):
@@ -40,23 +45,19 @@ class InMemoryDataset(Dataset[dict[str, Any]]):
 
     Args:
         dataset: Dataset with camera images stored as images; action windows (``delta_timestamps``) are resolved.
-        image_shift: Largest random shift of camera images in pixels, drawn per item from torch's generator. The
-            border is repeated.
     """
 
-    def __init__(self, dataset: LeRobotDataset, *, image_shift: int = 0) -> None:
+    def __init__(self, dataset: LeRobotDataset) -> None:
         if dataset.meta.video_keys or dataset.episodes is not None:
             raise ValueError("Only whole datasets with image features fit in memory here; use in_memory=False.")
         columns = dataset.hf_dataset[:]
         self._columns: dict[str, Tensor] = {key: torch.stack(list(values)) for key, values in columns.items()}
-        self._cameras = tuple(dataset.meta.camera_keys)
         self._tasks = [str(name) for name in dataset.meta.tasks.index]
         self._windows = {key: torch.tensor(offsets) for key, offsets in (dataset.reader.delta_indices or {}).items()}
         starts = torch.as_tensor(list(dataset.meta.episodes["dataset_from_index"]))
         ends = torch.as_tensor(list(dataset.meta.episodes["dataset_to_index"]))
         episode = self._columns["episode_index"]
         self._start, self._end = starts[episode], ends[episode]
-        self._shift = image_shift
 
     def __len__(self) -> int:
         return len(self._start)
@@ -73,55 +74,70 @@ class InMemoryDataset(Dataset[dict[str, Any]]):
             start, end = self._start[rows][:, None], self._end[rows][:, None]
             batch[key] = self._columns[key][torch.maximum(torch.minimum(wanted, end - 1), start)]
             batch[f"{key}_is_pad"] = (wanted < start) | (wanted >= end)
-        if self._shift:
-            for camera in self._cameras:
-                batch[camera] = _shifted(batch[camera], self._shift)
         batch["task"] = [self._tasks[task] for task in batch["task_index"].tolist()]
         return batch
 
 
 class SftAccelerator(Accelerator):
-    """Accelerator for one process that reports each step and checks what lerobot-train prepared.
+    """Accelerator that reports each step, checks what lerobot-train prepared and keeps one checkpoint.
 
     Args:
         job: The run.
         channel: Where progress goes, one JSON object per line.
-        mixed_precision: As in ``Accelerator``.
     """
 
-    def __init__(self, job: SftJob, channel: TextIO, *, mixed_precision: str | None) -> None:
-        super().__init__(step_scheduler_with_optimizer=False, mixed_precision=mixed_precision, cpu=job.device == "cpu")
+    def __init__(self, job: SftJob, channel: TextIO) -> None:
+        super().__init__(
+            step_scheduler_with_optimizer=False,
+            mixed_precision="bf16" if job.bf16 else "no",
+            cpu=job.device == "cpu",
+            # π0's unused language heads get no gradient; gradients live in the buckets they are reduced in
+            kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True, gradient_as_bucket_view=True)],
+        )
         self._job = job
         self._channel = channel
-        self._step = 0
+        self._step = self._first = 0 if job.resume_from is None else load_training_step(_training_state(job))
         self._begin = self._last_report = time.perf_counter()
 
     def prepare(self, *objects: Any, **options: Any) -> Any:
         """Checks the start weights and exchanges the data loader for one that serves from memory."""
         for item in objects:
             if isinstance(item, PreTrainedPolicy):
-                check_start_weights(item, self._job.policy_path)
+                check_start_weights(item, _weights_folder(self._job))
         if self._job.in_memory:
             objects = tuple(self._from_memory(item) if isinstance(item, DataLoader) else item for item in objects)
         prepared = super().prepare(*objects, **options)
         self._begin = time.perf_counter()
         return prepared
 
+    def autocast(self, *args: Any, **options: Any) -> Any:
+        """Precision of a forward pass; before a resumed run's first, the generators are those of its checkpoint.
+
+        lerobot-train restores them too, but making the data loader's iterator then draws from them once more.
+        """
+        if self._job.resume_from is not None and self._step == self._first:
+            load_rng_state(_training_state(self._job))
+        return super().autocast(*args, **options)
+
     def backward(self, loss: Tensor, **options: Any) -> None:
         """Back-propagates and reports the step."""
         super().backward(loss, **options)
+        every = self._job.save_every_steps
+        saved = every > 0 and self._step > self._first and self._step % every == 0
+        if saved and self.is_main_process:
+            keep_last_checkpoint(Path(self._job.output_dir) / "checkpoints")
         self._step += 1
         now = time.perf_counter()
-        if self._step == self._job.steps or now - self._last_report >= _PROGRESS_INTERVAL_S:
+        if saved or self._step == self._job.steps or now - self._last_report >= _PROGRESS_INTERVAL_S:
             self._last_report = now
-            rate = self._step / max(now - self._begin, 1e-9)
+            rate = (self._step - self._first) / max(now - self._begin, 1e-9)
             send(self._channel, step=self._step, loss=loss.item(), steps_per_s=rate)
 
     def _from_memory(self, loader: DataLoader[Any]) -> DataLoader[Any]:
         if not isinstance(loader.dataset, LeRobotDataset):
             raise RuntimeError(f"lerobot-train passed a {type(loader.dataset).__name__}; use in_memory=False.")
         return DataLoader(
-            InMemoryDataset(loader.dataset, image_shift=self._job.image_shift),
+            InMemoryDataset(loader.dataset),
             batch_size=loader.batch_size,
             sampler=loader.sampler,
             collate_fn=_already_collated,
@@ -129,26 +145,39 @@ class SftAccelerator(Accelerator):
         )
 
 
-def check_start_weights(policy: PreTrainedPolicy, policy_path: str) -> None:
+def check_start_weights(policy: PreTrainedPolicy, folder: str | Path) -> None:
     """Refuses a policy that does not hold the weights of its folder.
 
     LeRobot's loader for π0 continues with random weights when a file is missing or does not match.
 
     Args:
         policy: The policy as lerobot-train made it.
-        policy_path: Folder it was made from; Hub ids are not checked here.
+        folder: Folder it was made from.
 
     Raises:
-        RuntimeError: If a tensor of the file is missing in the policy or differs.
+        RuntimeError: If a tensor of the file differs, or one that the policy uses is not in the file.
     """
-    file = Path(policy_path) / "model.safetensors"
-    if not file.is_file():
-        return
-    state = policy.state_dict()
+    file = Path(folder) / "model.safetensors"
+    state, seen = policy.state_dict(), set()
     with safe_open(file, framework="pt") as stored:
-        for name in stored.keys():  # noqa: SIM118  a safetensors file is no mapping
-            if name not in state or not torch.equal(stored.get_tensor(name).to(state[name]), state[name]):
-                raise RuntimeError(f"LeRobot did not load '{name}' from {file}; the folder does not fit its config.")
+        for key in stored.keys():  # noqa: SIM118  a safetensors file is no mapping
+            name = key if key.startswith(_ROOT) else _ROOT + key  # openpi's files lack the prefix
+            if name not in state or not torch.equal(stored.get_tensor(key).to(state[name]), state[name]):
+                raise RuntimeError(f"LeRobot did not load '{key}' from {file}; the folder does not fit its config.")
+            seen.add(name)
+    if any(name.endswith(f"paligemma.{_HEAD}") for name in seen):
+        seen |= {name for name in state if name.endswith(_EMBEDDING)}  # tied: LeRobot fills it from the head
+    missing = [name for name in state if name not in seen and not name.endswith(_HEAD)]  # the heads are unused
+    if missing:
+        raise RuntimeError(f"{file} has no '{missing[0]}' ({len(missing)} missing): that part would start at random.")
+
+
+def keep_last_checkpoint(checkpoints: Path) -> None:
+    """Removes all checkpoints of lerobot-train but the last complete one: each holds weights and optimiser."""
+    last = (checkpoints / "last").resolve()
+    for folder in checkpoints.glob("[0-9]*"):
+        if folder.resolve() != last:
+            shutil.rmtree(folder)
 
 
 def train_config(job: SftJob) -> TrainPipelineConfig:
@@ -160,10 +189,16 @@ def train_config(job: SftJob) -> TrainPipelineConfig:
     workers = 0 if job.in_memory else job.num_workers
     return TrainPipelineConfig(
         dataset=DatasetConfig(
-            repo_id=job.repo_id, root=job.dataset_root, use_imagenet_stats=False, video_backend="pyav"
+            repo_id=job.repo_id,
+            root=job.dataset_root,
+            revision=job.revision,
+            episodes=job.episodes,
+            use_imagenet_stats=False,
+            video_backend="pyav",
         ),
         policy=policy,
         output_dir=Path(job.output_dir),
+        resume=job.resume_from is not None,
         job_name="sft",
         seed=job.seed,
         num_workers=workers,
@@ -172,11 +207,19 @@ def train_config(job: SftJob) -> TrainPipelineConfig:
         steps=job.steps,
         env_eval_freq=0,
         log_freq=max(1, job.steps // 10),
-        save_freq=0,
+        save_freq=job.save_every_steps,
         use_policy_training_preset=False,
-        optimizer=AdamWConfig(lr=job.learning_rate, weight_decay=job.weight_decay, grad_clip_norm=job.grad_clip_norm),
+        optimizer=AdamWConfig(
+            lr=job.learning_rate,
+            betas=(0.9, job.adam_beta2),
+            weight_decay=job.weight_decay,
+            grad_clip_norm=job.grad_clip_norm,
+        ),
         scheduler=CosineDecayWithWarmupSchedulerConfig(
-            num_warmup_steps=job.warmup_steps, num_decay_steps=job.steps, peak_lr=job.learning_rate, decay_lr=0.0
+            num_warmup_steps=job.warmup_steps,
+            num_decay_steps=job.steps,
+            peak_lr=job.learning_rate,
+            decay_lr=job.final_learning_rate,
         ),
     )
 
@@ -189,32 +232,44 @@ def send(channel: TextIO, **message: Any) -> None:
 
 def run(job: SftJob, channel: TextIO) -> Path:
     """Trains and returns lerobot-train's checkpoint folder."""
-    config = train_config(job)
-    dtype = getattr(config.policy, "dtype", "float32")
-    precision = {"bfloat16": "bf16", "float16": "fp16"}.get(dtype, "no")
-    train(config, SftAccelerator(job, channel, mixed_precision=precision))
+    accelerator = SftAccelerator(job, channel)  # under a launcher: waits here for the other processes
+    # lerobot-train takes the checkpoint to resume from only from the command line, where it looks for options
+    sys.argv = ["lerobot-train"]
+    if job.resume_from is not None:
+        sys.argv.append(f"--config_path={_weights_folder(job) / 'train_config.json'}")
+    train(train_config(job), accelerator)
     return (Path(job.output_dir) / "checkpoints" / "last").resolve() / "pretrained_model"
+
+
+def end_with_parent() -> None:
+    """Ends this process when the one that started it is gone: nobody would read its result."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def main() -> None:
     """Waits for one job on standard input (an empty input: none will come); messages go to the given descriptor."""
     channel = os.fdopen(int(sys.argv[1]), "w", encoding="utf-8")
-    # lerobot-train looks for options on the command line; there are none.
-    sys.argv = ["lerobot-train"]
+    end_with_parent()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     line = sys.stdin.readline()
     if line.strip():
         send(channel, checkpoint=str(run(SftJob(**json.loads(line)), channel)))
 
 
-def _shifted(images: Tensor, largest: int) -> Tensor:
-    """Each image (3, h, w) of a batch moved by up to ``largest`` pixels; the border is repeated."""
-    height, width = images.shape[-2:]
-    padded = pad(images, (largest,) * 4, mode="replicate")
-    offsets = torch.randint(0, 2 * largest + 1, (len(images), 2)).tolist()
-    return torch.stack(
-        [image[:, y : y + height, x : x + width] for image, (y, x) in zip(padded, offsets, strict=True)]
-    )
+def _weights_folder(job: SftJob) -> Path:
+    """Where the run's first weights come from."""
+    return Path(job.policy_path) if job.resume_from is None else Path(job.resume_from) / "pretrained_model"
+
+
+def _training_state(job: SftJob) -> Path:
+    return Path(str(job.resume_from)) / "training_state"
 
 
 def _already_collated(batch: Any) -> Any:

@@ -44,7 +44,6 @@ def finetuned(dataset_root, small_pi0_folder, tmp_path_factory):
         output,
         steps=3,
         batch_size=4,
-        image_shift=1,
         progress=lambda *report: reports.append(report),
     )
     return output, reports
@@ -116,19 +115,6 @@ def test_memory_serves_the_items_of_the_dataset(dataset):
                 assert batch[key].dtype == value.dtype
 
 
-def test_shifted_images_are_windows_of_the_padded_image(dataset):
-    from pi_rl.trainer.sft_worker import InMemoryDataset
-
-    plain = InMemoryDataset(dataset)[0]["observation.image"]
-    memory = InMemoryDataset(dataset, image_shift=2)
-    padded = torch.nn.functional.pad(plain[None], (2,) * 4, mode="replicate")[0]
-    windows = padded.unfold(1, 32, 1).unfold(2, 32, 1).permute(1, 2, 0, 3, 4).reshape(25, 3, 32, 32)
-    drawn = memory.__getitems__([0] * 40)["observation.image"]
-    found = {int(index) for image in drawn for index in (windows == image).flatten(1).all(1).nonzero()[:1]}
-    assert all((windows == image).flatten(1).all(1).any() for image in drawn)
-    assert len(found) > 5
-
-
 def test_schedule_optimizer_and_data_are_what_was_asked_for(dataset_root, small_pi0_folder, tmp_path):
     from pi_rl.trainer.sft import SftJob
     from pi_rl.trainer.sft_worker import train_config
@@ -142,14 +128,20 @@ def test_schedule_optimizer_and_data_are_what_was_asked_for(dataset_root, small_
             steps=100,
             batch_size=8,
             learning_rate=2e-3,
+            final_learning_rate=1e-4,
             warmup_steps=10,
             weight_decay=0.0,
+            adam_beta2=0.95,
             grad_clip_norm=1.0,
             seed=3,
             device="cpu",
-            image_shift=0,
+            bf16=False,
             in_memory=True,
             num_workers=4,
+            revision=None,
+            episodes=[0],
+            resume_from=None,
+            save_every_steps=0,
         )
     )
     parameter = torch.nn.Parameter(torch.zeros(1))
@@ -162,19 +154,34 @@ def test_schedule_optimizer_and_data_are_what_was_asked_for(dataset_root, small_
         scheduler.step()
     assert int(np.argmax(rates)) == 10
     assert max(rates) == pytest.approx(2e-3, rel=0.03)
-    assert rates[-1] < 1e-5
+    assert rates[-1] == pytest.approx(1e-4, rel=0.05)
+    assert optimizer.param_groups[0]["betas"] == (0.9, 0.95)
     assert (config.num_workers, config.seed, config.policy.push_to_hub, config.wandb.enable) == (0, 3, False, False)
+    assert config.dataset.episodes == [0]
 
 
-def test_start_weights_that_lerobot_did_not_load_are_refused(small_policy, small_pi0_folder):
+def test_start_weights_that_lerobot_did_not_load_are_refused(small_policy, small_pi0_folder, tmp_path):
+    from safetensors.torch import save_file
+
     from pi_rl.trainer.sft_worker import check_start_weights
 
     policy = small_policy().policy
-    check_start_weights(policy, str(small_pi0_folder))
+    check_start_weights(policy, small_pi0_folder)
+    stored = load_file(small_pi0_folder / "model.safetensors")
+    for prefix in ("model.", ""):  # openpi's files lack the prefix and keep the tied embedding under the head's name
+        tied = {name.removeprefix("model.") if not prefix else name: tensor for name, tensor in stored.items()}
+        save_file({name: tensor for name, tensor in tied.items() if "expert.lm_head" not in name},
+                  tmp_path / "model.safetensors")  # fmt: skip
+        check_start_weights(policy, tmp_path)
+    lost = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
+    save_file({name: tensor for name, tensor in stored.items() if name != lost and "lm_head" not in name},
+              tmp_path / "model.safetensors")  # fmt: skip
+    with pytest.raises(RuntimeError, match=r"embed_tokens.*start at random"):
+        check_start_weights(policy, tmp_path)
     with torch.no_grad():
         policy.model.action_out_proj.weight.add_(1.0)
     with pytest.raises(RuntimeError, match="action_out_proj"):
-        check_start_weights(policy, str(small_pi0_folder))
+        check_start_weights(policy, small_pi0_folder)
 
 
 @pytest.fixture
@@ -216,11 +223,32 @@ def test_a_failure_shows_the_end_of_the_log_and_leaves_nothing(
     assert list((tmp_path / "new").iterdir()) == []
 
 
-def test_a_process_is_used_once(failing_worker, small_pi0_folder, pretend_dataset, tmp_path):
-    process = SftProcess()
-    for message in ("on fire", "used before"):
-        with pytest.raises(RuntimeError, match=message):
-            run_sft(small_pi0_folder, pretend_dataset, REPO_ID, tmp_path / "out", steps=1, process=process)
+def test_a_process_is_used_once(failing_worker, small_pi0_folder):
+    from pi_rl.trainer.sft import SftJob
+
+    job = SftJob(**dict.fromkeys(SftJob.__dataclass_fields__))
+    with SftProcess() as process:
+        for message in ("on fire", "used before"):
+            with pytest.raises(RuntimeError, match=message):
+                process.run(job)
+
+
+def test_the_newest_complete_checkpoint_is_found(tmp_path):
+    from pi_rl.trainer.sft import last_checkpoint
+    from pi_rl.trainer.sft_worker import keep_last_checkpoint
+
+    folder = tmp_path / "run" / "checkpoints"
+    assert last_checkpoint(tmp_path) is None
+    (folder / "000002").mkdir(parents=True)
+    assert last_checkpoint(tmp_path) is None  # killed while the first was written
+    (folder / "last").symlink_to("000002")
+    (folder / "000004").mkdir()
+    assert last_checkpoint(tmp_path) == folder / "000002"  # killed while the second was written
+    (folder / "last").unlink()
+    assert last_checkpoint(tmp_path) == folder / "000004"  # killed while the link was moved
+    (folder / "last").symlink_to("000004")
+    keep_last_checkpoint(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["000004", "last"]
 
 
 def test_worker_stands_outside_of_any_launcher(monkeypatch, tmp_path):
@@ -230,11 +258,13 @@ def test_worker_stands_outside_of_any_launcher(monkeypatch, tmp_path):
     env = worker_environment(2, datasets_cache=tmp_path)
     assert not {"RANK", "WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_USE_CPU", "TORCHELASTIC_RUN_ID"} & set(env)
     assert (env["HF_HOME"], env["OMP_NUM_THREADS"], env["HF_DATASETS_CACHE"]) == ("kept", "2", str(tmp_path))
+    joined = worker_environment(2, datasets_cache=None)
+    assert {"RANK", "WORLD_SIZE", "MASTER_ADDR", "TORCHELASTIC_RUN_ID"} <= set(joined)
 
 
 def test_importing_the_stages_loads_no_torch():
     code = (
-        "import sys, pi_rl.demonstrations, pi_rl.trainer.sft\n"
+        "import sys, pi_rl.demonstrations, pi_rl.trainer.sft, pi_rl.sft_recipe\n"
         "import pi_rl.hub.results, pi_rl.hub.plots, pi_rl.hub.videos, pi_rl.hub.model_card\n"
         "print({'torch', 'lerobot', 'matplotlib', 'transformers'} & set(sys.modules))"
     )
