@@ -46,7 +46,7 @@ class FlowConfig(TrainingArguments):
     noise_scope: str = option(
         "scored",
         FLOW,
-        "scored: noise only where it is scored, so the likelihood is exact; all: noise on the whole chunk, as RLinf",
+        "scored: noise only where it is scored, so all that is drawn is scored; all: on the whole chunk, as RLinf",
     )
     joint_reduction: str = option(
         "sum", FLOW, "one_layer: sum of the chain's log-probs (Eq. 5) or mean over K+1 terms, as RLinf"

@@ -325,17 +325,16 @@ class FlowTrainer(CheckpointedTrainer):
         entropy = score.entropy.mean()
         loss = self.policy_loss_weight() * (policy_loss - args.entropy_coefficient * entropy) + critic_loss
         self._guard(loss, score.log_prob, values, batch, tick)
-        if share > 0:
-            self.metrics.add(
-                {
-                    "policy/loss": policy_loss,
-                    "policy/entropy": entropy,
-                    "policy/noise_std": score.std_mean,
-                    **{f"policy/{name}": value for name, value in diagnostics.items()},
-                    **critic_metrics,
-                },
-                len(batch),
-            )
+        self.metrics.add(
+            {
+                "policy/loss": policy_loss,
+                "policy/entropy": entropy,
+                "policy/noise_std": score.std_mean,
+                **{f"policy/{name}": value for name, value in diagnostics.items()},
+                **critic_metrics,
+            },
+            len(batch) if share > 0 else 0,
+        )
         self._check_target_kl(diagnostics["approx_kl"], share, tick)
         self.report.update_progress(tick + 1, len(self._micro_batches))
         scaled = loss * share * args.gradient_accumulation_steps * args.world_size

@@ -25,11 +25,13 @@ class MetricStore:
 
         Args:
             values: Scalars by name.
-            weight: Number of samples they are the mean of.
+            weight: Number of samples they are the mean of; with 0 only the names count, which have to be the same on
+                all processes.
         """
         for name, value in values.items():
             scalar = torch.as_tensor(value).detach().cpu().double()
             if name in MAXIMA:
+                scalar = scalar if weight else torch.full_like(scalar, -torch.inf)
                 known = self._maxima.get(name, scalar)
                 self._maxima[name] = torch.maximum(known, scalar)
             else:
