@@ -217,7 +217,6 @@ def _peft_config(recipe: RecipeArguments) -> Any:
 
 def _check_together(recipe: RecipeArguments, rl: "FlowConfig", spec: "EnvSpec") -> None:
     """What would otherwise be found only after demonstrations and SFT."""
-    from pi_rl.rollout.collector import check_groups
     from pi_rl.rollout.evaluator import evaluation_ids
 
     if recipe.model is None and (rl.n_action_steps or 1) > recipe.chunk_size:
@@ -227,8 +226,6 @@ def _check_together(recipe: RecipeArguments, rl: "FlowConfig", spec: "EnvSpec") 
         )
     if rl.planned_eval_episodes:
         evaluation_ids(len(spec.tasks), rl.planned_eval_episodes)
-    group_size = getattr(rl, "group_size", 1)
-    check_groups(rl.num_envs // rl.world_size, group_size, len(spec.tasks), auto_reset=rl.auto_reset)
 
 
 def _prepare_folder(run: _Run) -> None:

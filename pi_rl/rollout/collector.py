@@ -74,13 +74,14 @@ class RolloutCollector:
         chunks: T, chunks per environment and rollout epoch.
         seed: The run's seed.
         rank: This process's index; its environments are numbered from ``rank * env.num_envs``.
+        processes: Number of processes, each with as many environments.
         epochs: E, how often T chunks are collected per iteration, each time with fresh episodes.
         group_size: Environments that start each episode from the same initial state.
         auto_reset: Reset finished environments within a rollout; not with groups, whose episodes differ in length.
         prefix_storage: "device" or "host", where prefixes wait for the update.
 
     Raises:
-        ValueError: If tasks or groups do not share the environments equally.
+        ValueError: If the environments do not divide into groups.
     """
 
     def __init__(
@@ -92,12 +93,13 @@ class RolloutCollector:
         chunks: int,
         seed: int,
         rank: int = 0,
+        processes: int = 1,
         epochs: int = 1,
         group_size: int = 1,
         auto_reset: bool = True,
         prefix_storage: str = "device",
     ) -> None:
-        check_groups(env.num_envs, group_size, len(env.spec.tasks), auto_reset=auto_reset)
+        check_groups(env.num_envs, group_size, auto_reset=auto_reset)
         self.env, self.model, self.io = env, model, io
         self.chunks, self.epochs, self.seed, self.auto_reset = chunks, epochs, seed, auto_reset
         capacity = epochs * chunks * env.num_envs
@@ -108,7 +110,8 @@ class RolloutCollector:
             self._inputs = PrefixStore(prefix_storage, capacity=capacity)
         self.env_index = rank * env.num_envs + np.arange(env.num_envs)
         self.group_size = group_size
-        self.task = (self.env_index // group_size) % len(env.spec.tasks)
+        self._group = self.env_index // group_size
+        self._total_groups = processes * env.num_envs // group_size
         self._member = self.env_index % group_size
 
     @torch.no_grad()
@@ -151,6 +154,9 @@ class RolloutCollector:
     def _begin(self, epoch: int) -> None:
         num_envs = self.env.num_envs
         self._epoch = epoch
+        # tasks take turns where they do not share the groups equally; where they do, a simulator keeps its task
+        turn = self._iteration * self.epochs + epoch
+        self.task = (self._group + turn * self._total_groups) % len(self.env.spec.tasks)
         self._episode = np.zeros(num_envs, np.int64)
         self._chunk = np.zeros(num_envs, np.int64)
         self._length = np.zeros(num_envs, np.int64)
@@ -160,8 +166,8 @@ class RolloutCollector:
 
     def _reset_ids(self, rows: np.ndarray | None = None) -> np.ndarray:
         rows = np.arange(self.env.num_envs) if rows is None else rows
-        groups = self.env_index[rows] // self.group_size
-        states = training_state_ids(self.seed, self._iteration, groups, self._episode[rows], self._epoch)
+        episodes = self._episode[rows]
+        states = training_state_ids(self.seed, self._iteration, self._group[rows], episodes, self._epoch)
         self._ids[rows] = np.stack([self.task[rows], states], 1)
         return self._ids[rows]
 
@@ -294,8 +300,8 @@ class RolloutCollector:
         return f"success {rate}"
 
 
-def check_groups(num_envs: int, group_size: int, num_tasks: int, *, auto_reset: bool) -> None:
-    """Groups fill the environments of a process, and every task has the same number of groups.
+def check_groups(num_envs: int, group_size: int, *, auto_reset: bool) -> None:
+    """Groups fill the environments of a process, and their episodes are whole.
 
     Raises:
         ValueError: With numbers that would do.
@@ -305,13 +311,11 @@ def check_groups(num_envs: int, group_size: int, num_tasks: int, *, auto_reset: 
             f"group_size={group_size} compares whole episodes from one initial state; set auto_reset=false, so that "
             "every environment runs one episode."
         )
-    share = group_size * num_tasks
-    if num_envs % share:
-        lower = max(num_envs // share, 1) * share
-        groups = f" in groups of {group_size}" if group_size > 1 else ""
+    if num_envs % group_size:
+        lower = max(num_envs // group_size, 1) * group_size
         raise ValueError(
-            f"{num_envs} environments per process cannot be shared equally by {num_tasks} tasks{groups}; use {lower} "
-            f"or {lower + share} per process."
+            f"{num_envs} environments per process do not divide into groups of {group_size}; use {lower} or "
+            f"{lower + group_size} per process."
         )
 
 

@@ -203,6 +203,7 @@ class FlowTrainer(CheckpointedTrainer):
             group_size=self.group_size,
             seed=self.args.seed,
             rank=self.args.process_index,
+            processes=self.args.world_size,
             auto_reset=self.args.auto_reset,
             prefix_storage=self.args.prefix_storage,
         )

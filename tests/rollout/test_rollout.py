@@ -99,10 +99,22 @@ def test_success_counts_only_first_episodes(actor_critic, small_policy, metaworl
     assert rollout.statistics.env_steps == 4 * 6 * 5
 
 
-def test_tasks_must_share_the_environments_equally(actor_critic, small_policy, metaworld_env):
-    env = metaworld_env("metaworld:handle-press-v3,button-press-topdown-v3", num_envs=3)
-    with pytest.raises(ValueError, match="use 2 or 4"):
-        collector(actor_critic, small_policy(), env)
+def test_tasks_take_turns_where_they_do_not_share_the_environments_equally(actor_critic, small_policy, metaworld_env):
+    env = metaworld_env("metaworld:handle-press-v3,button-press-topdown-v3", num_envs=3, max_episode_steps=5)
+    collecting = collector(actor_critic, small_policy(), env, chunks=1, epochs=2)
+    seen = [collecting.collect(iteration).statistics.per_task[:, 0].tolist() for iteration in range(2)]
+    assert seen == [[3, 3], [3, 3]]  # 2 + 1 episodes in one epoch, 1 + 2 in the other
+    assert collecting.task.tolist() == [1, 0, 1]
+
+
+def test_tasks_that_share_the_environments_keep_them(actor_critic, small_policy, metaworld_env):
+    env = metaworld_env("metaworld:handle-press-v3,button-press-topdown-v3", num_envs=4, max_episode_steps=5)
+    collecting = collector(actor_critic, small_policy(), env, chunks=1, rank=1, processes=2)
+    for iteration in range(2):
+        collecting.collect(iteration)
+        assert collecting.task.tolist() == [0, 1, 0, 1]
+    with pytest.raises(ValueError, match="groups of 3; use 3 or 6"):
+        collector(actor_critic, small_policy(), env, group_size=3, auto_reset=False)
 
 
 def test_without_auto_reset_an_environment_runs_one_episode(actor_critic, small_policy, metaworld_env):
