@@ -75,7 +75,7 @@ class _Run:
 
     @property
     def env_options(self) -> dict[str, Any]:
-        return {**self.recipe.env_options, "blind": self.recipe.blind}
+        return {**self.recipe.env_options, **({"blind": True} if self.recipe.blind else {})}
 
     def minutes_of_all(self) -> dict[str, float]:
         """Minutes per stage, and of all that no stage covers (imports, loading) since the process began."""
@@ -219,6 +219,10 @@ def _check_together(recipe: RecipeArguments, rl: "FlowConfig", spec: "EnvSpec") 
     """What would otherwise be found only after demonstrations and SFT."""
     from pi_rl.rollout.evaluator import evaluation_ids
 
+    if not spec.cameras and (recipe.model is None or recipe.video):
+        raise ValueError(
+            f"{spec.name} has no cameras: give a policy with --model (see pi_rl.policies.mlp.create), and --no_video."
+        )
     if recipe.model is None and (rl.n_action_steps or 1) > recipe.chunk_size:
         raise ValueError(
             f"n_action_steps={rl.n_action_steps} is more than the chunk_size={recipe.chunk_size} actions that the "
@@ -261,7 +265,12 @@ def _prepare_folder(run: _Run) -> None:
 def _release_folder(run: _Run) -> None:
     """Leaves nothing behind when a run failed before its first stage was complete."""
     beginnings = {CONFIG_NAME, "init", STAGES_NAME}
-    if run.is_main and run.claimed and {entry.name for entry in run.folder.iterdir()} <= beginnings:
+    if (
+        run.is_main
+        and run.claimed
+        and run.folder.is_dir()
+        and {entry.name for entry in run.folder.iterdir()} <= beginnings
+    ):
         shutil.rmtree(run.folder / "init", ignore_errors=True)
         for name in (CONFIG_NAME, STAGES_NAME):
             (run.folder / name).unlink(missing_ok=True)
@@ -408,6 +417,7 @@ def _report(run: _Run, trainer: Any, policy_path: str | Path, before: Any, after
         config={
             **asdict(recipe),
             "model": _model_name(recipe.model),
+            "algorithm": trainer.algorithm,
             "sampler": asdict(rl.sampler()),
             "num_iterations": rl.num_iterations,
         },

@@ -65,6 +65,10 @@ class RecipeArguments:
         for name, (fine, allowed) in ranges.items():
             if not fine:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: it must be {allowed}.")
+        if self.lora_rank == 0 and (self.lora_target_modules or self.lora_alpha != 32):
+            raise ValueError(
+                "lora_alpha and lora_target_modules have no effect with lora_rank=0; give a rank, e.g. 32."
+            )
         for name in ("demos_per_task", "sft_steps", "sft_batch_size", "chunk_size", "image_resolution"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: it must be at least 1.")

@@ -1,9 +1,12 @@
-"""Checks that a finished quick start left what it promises; exits with 1 and the list of what is missing."""
+"""Checks that a finished run of a recipe left what it promises; exits with 1 and the list of what is missing."""
 
 import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 FIRST_RATIO_TOLERANCE = 1e-4
 
@@ -22,10 +25,16 @@ def problems_of(folder: Path) -> list[str]:
             problems.append(f"{stage}: the tasks' episodes do not add up to {summary['n_episodes']}")
     if results["env_steps"] <= 0:
         problems.append("no environment steps were counted")
-    for stage in ("demonstrations", "sft", "baseline", "rl", "evaluation"):
+    made_here = read_config(folder)["model"] is None
+    for stage in (*(("demonstrations", "sft") if made_here else ()), "baseline", "rl", "evaluation"):
         if stage not in results["minutes"]:
             problems.append(f"no time was taken for stage {stage}")
     return problems + problems_of_history(folder)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The run's options."""
+    return yaml.safe_load((folder / "pi_rl_config.yaml").read_text())
 
 
 def missing_files(folder: Path) -> list[str]:
@@ -35,24 +44,34 @@ def missing_files(folder: Path) -> list[str]:
         "results.json",
         "pi_rl_config.yaml",
         "learning_curve.png",
-        "before_after.mp4",
-        "demos/meta/info.json",
         "trainer_state.json",
-        *(f"sft/{name}" for name in policy[:-1]),
         *(f"policy/{name}" for name in policy),
-        "policy/critic.safetensors",
     ]
+    if not (folder / "pi_rl_config.yaml").is_file():
+        return ["pi_rl_config.yaml"]
+    config = read_config(folder)
+    if config["video"]:
+        promised.append("before_after.mp4")
+    if config["model"] is None:
+        promised += ["demos/meta/info.json", *(f"sft/{name}" for name in policy[:-1])]
+    if "critic" in config:
+        promised.append("policy/critic.safetensors")
+    if config["lora_rank"]:
+        promised.append("policy/adapter/adapter_model.safetensors")
     return [name for name in promised if not (folder / name).is_file() or (folder / name).stat().st_size == 0]
 
 
 def problems_of_history(folder: Path) -> list[str]:
-    """The log must hold every iteration, and each iteration's first minibatch must have ratio 1."""
+    """The log must hold every iteration, and where something was learned the first minibatch must have ratio 1."""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
-    errors = [entry["policy/ratio_error_first"] for entry in history if "policy/ratio_error_first" in entry]
+    logged = [entry for entry in history if "loss" in entry]
+    # GRPO learns nothing in an iteration whose groups are all uniform
+    idle = [entry for entry in logged if entry.get("groups/informative") == 0]
+    errors = [entry["policy/ratio_error_first"] for entry in logged if "policy/ratio_error_first" in entry]
     iterations = json.loads((folder / "results.json").read_text())["config"]["num_iterations"]
-    if len(errors) != iterations:
-        return [f"the log holds {len(errors)} of {iterations} iterations"]
-    if max(errors) > FIRST_RATIO_TOLERANCE:
+    if len(logged) != iterations or len(errors) + len(idle) < iterations:
+        return [f"the log holds {len(logged)} of {iterations} iterations, {len(errors)} of them with a first ratio"]
+    if errors and max(errors) > FIRST_RATIO_TOLERANCE:
         return [f"the first minibatch's ratio is off by {max(errors):.2e} (allowed: {FIRST_RATIO_TOLERANCE})"]
     return []
 

@@ -18,7 +18,7 @@ def film_before_after(trainer: Any, sft_path: str | Path, before: Any, after: An
     It is the first of the evaluation's states that the one fails and the other solves; if there is none, the first.
 
     Args:
-        trainer: A trained ``FlowPPOTrainer``.
+        trainer: A trained trainer.
         sft_path: Checkpoint that RL started from.
         before: Its evaluation.
         after: The trained policy's evaluation on the same states.

@@ -12,7 +12,7 @@ from pi_rl.rollout.summary import TaskSummary
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 CARD_NAME = "README.md"
-TAGS = ("pi_rl", "reinforcement-learning", "flow-matching", "vision-language-action", "ppo", "lerobot", "robotics")
+TAGS = ("pi_rl", "reinforcement-learning", "flow-matching", "vision-language-action", "lerobot", "robotics")
 
 _SMALL_LIMITS = (
     "A very small network, trained from random weights for a demonstration; it knows no other task, object or scene.",
@@ -134,7 +134,7 @@ def _card_data(
         library_name="lerobot",
         pipeline_tag="robotics",
         license=license,
-        tags=list(TAGS),
+        tags=[*TAGS, _algorithm(results).lower()],
         base_model=base_model,
         datasets=dataset,
         eval_results=evaluations,
@@ -155,18 +155,31 @@ def _summary(results: RunResults, config: dict[str, Any], env_name: str, base_mo
     )
     return (
         f"A flow-matching vision-language-action policy (LeRobot type `{config['type']}`) for `{env_name}`: {start} "
-        f"and then learned by PPO with {results.noise} exploration ([πRL](https://arxiv.org/abs/2510.25889)) from a "
-        f"sparse success reward. {outcome}"
+        f"and then learned by {_algorithm(results)} with {results.noise} exploration "
+        f"([πRL](https://arxiv.org/abs/2510.25889)) from {_reward(results)}. {outcome}"
     )
 
 
 def _procedure(results: RunResults, base_model: str | None, dataset: str | None) -> str:
     data = f"`{dataset}`" if dataset else "demonstrations of scripted experts with noise, successful episodes only"
     first = f"Start: `{base_model}`." if base_model else f"Imitation with lerobot-train from {data}."
+    config = results.config
+    rank = config.get("lora_rank", 0)
+    vlm = f"vision-language model adapted by LoRA of rank {rank} (merged into these weights)" if rank else ""
+    critic = " and a critic" if _algorithm(results) == "PPO" else ""
     return (
-        f"{first} Then PPO with {results.noise}: vision-language model frozen, action expert and a value "
-        f"head trained on {results.env_steps:,} environment steps with a reward of 1 at success and 0 otherwise."
+        f"{first} Then {_algorithm(results)} with {results.noise}: {vlm or 'vision-language model frozen'}, action "
+        f"expert{critic} trained on {results.env_steps:,} environment steps with {_reward(results)}."
     )
+
+
+def _algorithm(results: RunResults) -> str:
+    return str(results.config.get("algorithm", "PPO"))
+
+
+def _reward(results: RunResults) -> str:
+    kind = results.config.get("env_options", {}).get("reward", "success")
+    return "a reward of 1 at success and 0 otherwise" if kind == "success" else f"the environment's {kind} reward"
 
 
 def _limits(results: RunResults, base_model: str | None) -> list[str]:

@@ -55,6 +55,8 @@ TOKENIZER_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+# layers that LeRobot holds in bfloat16 when its dtype is that (norms and vision stay float32)
+_REDUCED_LAYERS = ("self_attn.q_proj.weight", "mlp.up_proj.weight")
 _DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.jinja", "README.md")
 _TOKENIZER_STEP, _DEVICE_STEP = "tokenizer_processor", "device_processor"
 
@@ -204,7 +206,8 @@ def save_policy(
     with _replacing(folder) as temporary:
         preprocessor.save_pretrained(temporary)
         postprocessor.save_pretrained(temporary)
-        _deployment_config(policy.config)._save_pretrained(temporary)
+        weights = merged_state_dict(policy, tensors)
+        _deployment_config(policy.config, weights)._save_pretrained(temporary)
         if source is not None:
             for name in TOKENIZER_FILES:
                 if (source / name).is_file():
@@ -213,7 +216,7 @@ def save_policy(
         _write_extra_files(temporary, extra_files or {})
         if adapted:
             save_adapter(temporary / ADAPTER_FOLDER, policy, tensors)
-        write_tensors(temporary / WEIGHTS_FILE, merged_state_dict(policy, tensors))
+        write_tensors(temporary / WEIGHTS_FILE, weights)
     if not adapted:
         shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)  # of a policy that was there before
     return folder
@@ -353,8 +356,16 @@ def _tokenizer_source(preprocessor: PolicyProcessorPipeline, source: str | Path 
     return next((path for path in candidates if has_tokenizer_files(path)), None)
 
 
-def _deployment_config(config: PreTrainedConfig) -> PreTrainedConfig:
+def _deployment_config(config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> PreTrainedConfig:
+    """What the weights are deployed with: in float32 where some were trained in it, so that loading rounds nothing."""
     config = copy.deepcopy(config)
+    reduced = [
+        tensor
+        for name, tensor in weights.items()
+        if any(part in name for part in _REDUCED_LAYERS) and "vision_tower" not in name
+    ]
+    if getattr(config, "dtype", None) == "bfloat16" and any(tensor.dtype == torch.float32 for tensor in reduced):
+        config.dtype = "float32"
     config.push_to_hub = False
     config.use_peft = False
     config.pretrained_path = None

@@ -19,6 +19,13 @@ from pi_rl.policies.flow_policy import FlowPolicy, Prefix
 from pi_rl.policies.lora import has_lora, lora_parameters
 
 _EMPTY_CAMERA = "empty_camera"
+_ALWAYS_FLOAT32 = (
+    "vision_tower",
+    "multi_modal_projector",
+    "input_layernorm",
+    "post_attention_layernorm",
+    "language_model.norm",
+)
 
 
 class ReadOnlyPrefixCache:
@@ -90,6 +97,16 @@ class PiFlowPolicy(FlowPolicy):
         state_feature = config.input_features.get(OBS_STATE)
         self.state_dim = None if state_feature is None else state_feature.shape[0]
         self.cameras = tuple(key for key in config.image_features if _EMPTY_CAMERA not in key)
+
+    def cast_vlm(self, dtype: torch.dtype) -> None:
+        """Changes the numeric type of the VLM's weights, except where LeRobot always keeps float32 (vision, norms).
+
+        Args:
+            dtype: torch.bfloat16 or torch.float32. LeRobot's checkpoints in bfloat16 lose nothing by it.
+        """
+        for name, parameter in self._vlm.named_parameters():
+            if not any(part in f"paligemma.{name}" for part in _ALWAYS_FLOAT32):
+                parameter.data = parameter.data.to(dtype)
 
     @property
     def _vlm(self) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 _EPS = 1e-8
+_RETURN_EPS = 1e-6
 # of group-relative advantages, as published
 _GROUP_EPS = 1e-6
 
@@ -188,7 +189,9 @@ def informative_groups(returns: Tensor, groups: Tensor) -> Tensor:
     blank = returns.new_zeros(len(numbers))
     highest = blank.scatter_reduce(0, group, returns, "amax", include_self=False)
     lowest = blank.scatter_reduce(0, group, returns, "amin", include_self=False)
-    return (highest != lowest)[group]
+    # sums of equal rewards in another order differ by rounding
+    tolerance = _RETURN_EPS * torch.maximum(highest.abs(), lowest.abs()).clamp(min=1.0)
+    return (highest - lowest > tolerance)[group]
 
 
 def normalize_advantages(advantages: Tensor, *, reduce: Callable[[Tensor], Tensor] | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""One rollout: the policy acts with noise in every environment for T chunks, and the buffer for PPO is filled."""
+"""One rollout: the policy acts with noise in every environment for T chunks, and what was done is kept."""
 
 import logging
 from collections.abc import Mapping

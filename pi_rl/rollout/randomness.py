@@ -87,8 +87,8 @@ def training_state_ids(
 
     Args:
         seed: The run's seed.
-        iteration: PPO iteration.
-        env_index: (n,) indices of the environments over all processes.
+        iteration: Number of the iteration.
+        env_index: (n,) indices of the environments (or of the groups that share a state) over all processes.
         episode: (n,) number of the episode within the rollout epoch, per environment.
         epoch: Rollout epoch within the iteration.
 

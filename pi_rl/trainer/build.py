@@ -79,12 +79,17 @@ def build_actor_critic(
     """
     policy = wrap_policy(loaded.policy)
     policy.freeze_vlm()
-    if peft_config is not None:
-        if not isinstance(policy, PiFlowPolicy):
-            raise ValueError(
-                f"peft_config adapts a VLM, and {type(loaded.policy).__name__} has none; leave peft_config out."
-            )
-        add_lora(policy, peft_config)
+    if not isinstance(policy, PiFlowPolicy):
+        for name, value in (("peft_config", peft_config), ("vlm_dtype", args.vlm_dtype)):
+            if value is not None:
+                raise ValueError(
+                    f"{name} is about a VLM, and {type(loaded.policy).__name__} has none; leave {name} out."
+                )
+    else:
+        if args.vlm_dtype is not None:
+            policy.cast_vlm(getattr(torch, args.vlm_dtype))
+        if peft_config is not None:
+            add_lora(policy, peft_config)
     for parameter in policy.trainable_parameters():
         parameter.data = parameter.data.float()  # bfloat16 weights would round small updates away
     critic = make_critic(policy)

@@ -25,6 +25,7 @@ class CheckpointedTrainer(Trainer):
 
     args: FlowConfig
     _loaded: LoadedPolicy
+    algorithm: str
     _checkpoint_root: str | None = None
     env_steps: int = 0
     episodes: int = 0
@@ -41,10 +42,20 @@ class CheckpointedTrainer(Trainer):
 
     def rl_state(self) -> dict[str, Any]:
         """What a resumed run needs beside weights and optimiser; plain numbers, written as JSON."""
-        return {"env_steps": self.env_steps, "episodes": self.episodes, "iteration": self.iteration}
+        return {
+            "algorithm": self.algorithm,
+            "env_steps": self.env_steps,
+            "episodes": self.episodes,
+            "iteration": self.iteration,
+        }
 
     def load_rl_state(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`rl_state` wrote."""
+        if state["algorithm"] != self.algorithm:
+            raise ValueError(
+                f"The checkpoint is of a {state['algorithm']} run, this one is {self.algorithm}. Resume with that "
+                "trainer, or start anew from the folder with model=."
+            )
         self.env_steps, self.episodes = state["env_steps"], state["episodes"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -126,7 +137,7 @@ class CheckpointedTrainer(Trainer):
             raise ValueError(
                 f"{folder} was written after {state['iteration']} iterations and {trainer_state['global_step']} "
                 f"optimiser steps; this run has {updates} optimiser steps per iteration. Resume with the settings "
-                "of that run."
+                "of that run and as many processes (with global_batch_size their number may change)."
             )
         return state
 

@@ -1,8 +1,9 @@
 """Configuration shared by the trainers: flow sampling, rollouts, updates, evaluation and checkpoints."""
 
+import math
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
@@ -82,7 +83,12 @@ class FlowConfig(TrainingArguments):
     )
     env_workers: int | None = option(None, ROLLOUT, "simulator processes per process; default: its CPU cores")
     prefix_storage: str = option(
-        "device", ROLLOUT, "where prefix keys and values wait for the update: device or host memory"
+        "device",
+        ROLLOUT,
+        "where prefix keys and values wait for the update: device or host memory (not with LoRA)",
+    )
+    vlm_dtype: str | None = option(
+        None, ROLLOUT, "numeric type of the frozen VLM: bfloat16 or float32; default: as it was saved"
     )
 
     eval_episodes: int = option(200, EVAL, "fixed initial states per evaluation; 0 switches evaluation off")
@@ -133,6 +139,7 @@ class FlowConfig(TrainingArguments):
         self._iterations_to_steps()
         super().__post_init__()
         self.sampler()
+        self._check_annealing()
         self._check_batches()
         self._check_strategies()
         self.arithmetic = self.batch_arithmetic()
@@ -144,8 +151,10 @@ class FlowConfig(TrainingArguments):
         self.output_dir = f"{str(self.output_dir).rstrip('/')}-dry-run"
         self.num_iterations = self.num_train_epochs = self.rollout_chunks = self.update_epochs = 1
         self.rollout_epochs, self.global_batch_size = 1, None
-        self.gradient_accumulation_steps, self.max_steps = 1, -1
-        self.per_device_train_batch_size = self.samples_per_iteration // self.world_size
+        local = self.samples_per_iteration // self.world_size
+        self.per_device_train_batch_size = math.gcd(self.per_device_train_batch_size, local)
+        self.gradient_accumulation_steps = local // self.per_device_train_batch_size
+        self.max_steps = -1
         self.eval_episodes, self.eval_on_start = 0, False
         self.eval_strategy, self.save_strategy = IntervalStrategy.NO, SaveStrategy.NO
         self.logging_steps = 1
@@ -249,13 +258,25 @@ class FlowConfig(TrainingArguments):
             ("clip_range", 0 < self.clip_range < 1, "between 0 and 1"),
             (
                 "noise_level_end",
-                self.noise_level_end is None or (self.noise != "flow_noise" and self.noise_level_end > 0),
-                "above 0, or left out (flow_noise learns its noise)",
+                self.noise_level_end is None or self.noise != "flow_noise",
+                "left out: flow_noise learns its noise",
             ),
+            (
+                "noise",
+                self.noise != "ode",
+                "flow_noise, flow_sde or flow_cps: ode is deterministic, it has no log-prob",
+            ),
+            (
+                "bf16",
+                not self.bf16,
+                "false: rollouts, evaluation and update must compute alike; load the VLM in bfloat16",
+            ),
+            ("fp16", not self.fp16, "false: rollouts, evaluation and update must compute alike"),
             ("entropy_coefficient", self.entropy_coefficient >= 0, "0 or more"),
             ("noise_std_min", self.noise_std_min > 0, "above 0"),
             ("noise_std_max", self.noise_std_max > self.noise_std_min, f"above noise_std_min={self.noise_std_min}"),
             ("eval_episodes", self.eval_episodes >= 0, "0 or more"),
+            ("vlm_dtype", self.vlm_dtype in (None, "bfloat16", "float32"), "bfloat16 or float32, or left out"),
             ("prefix_storage", self.prefix_storage in ("device", "host"), "device or host"),
             ("gradient_checkpointing", not self.gradient_checkpointing, "false (the frozen prefix is cached instead)"),
             ("push_to_hub", not self.push_to_hub, "false; upload the saved policy folder with `hf upload`"),
@@ -294,6 +315,18 @@ class FlowConfig(TrainingArguments):
         if self.save_every_iterations is not None:
             self.save_strategy, self.save_steps = "steps", updates * self.save_every_iterations
             self.derived |= {"save_strategy", "save_steps"}
+
+    def _check_annealing(self) -> None:
+        if self.noise_level_end is None:
+            return
+        replace(self.sampler(), noise_level=self.noise_level_end)
+        if self.num_iterations == 1:
+            raise ValueError("noise_level_end is reached in the last iteration, and num_iterations=1; leave it out.")
+        if self.torch_compile:
+            raise ValueError(
+                "noise_level_end changes the noise in every iteration, and torch_compile would compile anew each "
+                "time; use one of them."
+            )
 
     def _check_batches(self) -> None:
         if self.num_envs % self.world_size:

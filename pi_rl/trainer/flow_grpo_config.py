@@ -17,8 +17,16 @@ class FlowGRPOConfig(FlowConfig):
     """
 
     group_size: int = option(8, GRPO, "G, episodes from the same initial state that are compared")
-    filter_groups: bool = option(True, GRPO, "leave groups out that all succeed or all fail: they teach nothing")
+    filter_groups: bool = option(
+        True,
+        GRPO,
+        "leave groups out whose episodes all have the same return (all succeed, all fail): they teach nothing",
+    )
     auto_reset: bool = option(False, ROLLOUT, "must stay off: groups compare whole episodes, one per environment")
+
+    def _shrink(self) -> None:
+        super()._shrink()
+        self.filter_groups = False  # after one chunk all returns may be equal, and the update has to be tried
 
     def _check_ranges(self) -> None:
         super()._check_ranges()

@@ -17,6 +17,8 @@ class FlowGRPOTrainer(FlowTrainer):
     :class:`~pi_rl.trainer.flow_ppo_trainer.FlowPPOTrainer`, and so are the arguments.
     """
 
+    algorithm = "GRPO"
+    config_class = FlowGRPOConfig
     args: FlowGRPOConfig
 
     @property

@@ -41,8 +41,12 @@ class FlowPPOConfig(FlowConfig):
             *((name, 0 <= getattr(self, name) <= 1, "between 0 and 1") for name in _DENOISING),
             ("critic", self.critic in CRITICS, " or ".join(CRITICS)),
             ("critic_learning_rate", self.critic_learning_rate > 0, "above 0"),
-            ("critic_warmup_iterations", self.critic_warmup_iterations >= 0, "0 or more"),
-            ("value_loss_coefficient", self.value_loss_coefficient >= 0, "0 or more"),
+            (
+                "critic_warmup_iterations",
+                0 <= self.critic_warmup_iterations < max(2, self.num_iterations),
+                f"0 or more and below num_iterations={self.num_iterations}",
+            ),
+            ("value_loss_coefficient", self.value_loss_coefficient > 0, "above 0: GAE needs a trained critic"),
             *(
                 (name, getattr(self, name) is None or getattr(self, name) > 0, "above 0, or none")
                 for name in _OPTIONAL

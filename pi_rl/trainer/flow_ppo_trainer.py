@@ -31,6 +31,8 @@ class FlowPPOTrainer(FlowTrainer):
     The arguments are those of :class:`~pi_rl.trainer.flow_trainer.FlowTrainer`.
     """
 
+    algorithm = "PPO"
+    config_class = FlowPPOConfig
     args: FlowPPOConfig
     _reward_normalizer: RewardNormalizer | None = None
 
@@ -55,7 +57,7 @@ class FlowPPOTrainer(FlowTrainer):
         args, rewards, metrics = self.args, rollout.rewards, {}
         if self.reward_normalizer is not None:
             self.reward_normalizer.update(rewards, rollout.done, rollout.valid, reduce=self.reduce)
-            rewards = rewards * self.reward_normalizer.scale
+            rewards = rewards / self.reward_normalizer.scale
             metrics["rollout/reward_scale"] = self.reward_normalizer.scale
         assert rollout.values is not None
         assert rollout.next_values is not None
@@ -102,10 +104,10 @@ class FlowPPOTrainer(FlowTrainer):
     def load_rl_state(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`rl_state` wrote."""
         super().load_rl_state(state)
+        if ("reward_normalizer" in state) != self.args.normalize_rewards:
+            raise ValueError(
+                f"The checkpoint's run had normalize_rewards={str(not self.args.normalize_rewards).lower()}, this one "
+                "has the opposite. Resume with the settings of that run."
+            )
         if self.reward_normalizer is not None:
-            if "reward_normalizer" not in state:
-                raise ValueError(
-                    "The checkpoint holds no running scale of rewards: its run had normalize_rewards=false. Resume "
-                    "with the settings of that run."
-                )
             self.reward_normalizer.load_state_dict(state["reward_normalizer"])

@@ -38,7 +38,7 @@ from pi_rl.trainer.flow_config import FlowConfig
 from pi_rl.trainer.metrics import MetricStore, all_reduce
 from pi_rl.trainer.ticks import TickDataset, tick_loader
 
-FIRST_RATIO_LIMIT = 0.05
+FIRST_RATIO_LIMIT, LIVE_RATIO_LIMIT = 0.05, 0.5
 
 
 @dataclasses.dataclass
@@ -85,6 +85,7 @@ class FlowTrainer(CheckpointedTrainer):
         ValueError: When policy and environment do not fit, or the environment has the wrong size.
     """
 
+    config_class: type[FlowConfig] = FlowConfig
     args: FlowConfig
     optimizer: Any
     control: Any
@@ -100,6 +101,10 @@ class FlowTrainer(CheckpointedTrainer):
         callbacks: list[TrainerCallback] | None = None,
         peft_config: LoraConfig | None = None,
     ) -> None:
+        if not isinstance(args, self.config_class):
+            raise ValueError(
+                f"{type(self).__name__} takes a {self.config_class.__name__}, got a {type(args).__name__}."
+            )
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process; start one process per GPU with "
@@ -255,6 +260,7 @@ class FlowTrainer(CheckpointedTrainer):
         level = self.args.noise_level_at(self.iteration)
         model = self.actor_critic
         model.sampler = dataclasses.replace(model.sampler, noise_level=level)
+        self._rollout = self._buffer = None  # frees the last rollout before the next is collected
         self._rollout = self.collector.collect(self.iteration, self.report.rollout_progress)
         self._clock["time/rollout"] = time.perf_counter() - started
         self._clock["time/update"] = 0.0
@@ -361,12 +367,18 @@ class FlowTrainer(CheckpointedTrainer):
         if tick == 0:
             error = (log_prob.detach() - batch.log_prob).exp().sub(1).abs().max()
             self.metrics.add({"policy/ratio_error_first": error}, 1)
-            if error > FIRST_RATIO_LIMIT:
+            if error > self._first_ratio_limit():
                 raise RuntimeError(
                     f"The first minibatch's probability ratio is off by {error.item():.3g} before any update "
-                    f"(allowed: {FIRST_RATIO_LIMIT}). Sampling and scoring disagree: check that the policy runs in "
-                    "the same precision and attention implementation in both."
+                    f"(allowed: {self._first_ratio_limit()}). Sampling and scoring disagree: check that the policy "
+                    "runs in the same precision and attention implementation in both."
                 )
+
+    def _first_ratio_limit(self) -> float:
+        """A reduced-precision VLM that encodes again in batches of another size rounds differently."""
+        policy = self.actor_critic.policy
+        reduced = any(parameter.dtype != torch.float32 for parameter in policy.parameters())
+        return LIVE_RATIO_LIMIT if policy.prefix_is_live and reduced else FIRST_RATIO_LIMIT
 
     def _check_target_kl(self, approx_kl: Tensor, share: float, tick: int) -> None:
         """After the last micro-batch of a minibatch, decides for all processes whether the iteration goes on."""

@@ -8,7 +8,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 class TickDataset(Dataset[int]):
-    """The ticks 0 … n−1 of one PPO iteration."""
+    """The ticks 0 … n−1 of one iteration."""
 
     def __init__(self, ticks: int) -> None:
         self.ticks = ticks

@@ -250,3 +250,26 @@ def test_a_policy_that_executes_more_than_it_predicts_is_refused(small_pi0_folde
 def test_an_unknown_environment_names_the_nearest(small_policy, tmp_path):
     with pytest.raises(ValueError, match="handle-press-v3"):
         FlowPPOTrainer(small_policy(), config(tmp_path), "metaworld:handel-press-v3")
+
+
+def test_what_was_trained_in_float32_is_exported_in_float32(small_policy_folders, metaworld_env, tmp_path):
+    """A configuration in bfloat16 would round the trained weights when the policy is loaded."""
+    from pi_rl import load_policy
+
+    args = config(tmp_path, vlm_dtype="bfloat16", num_iterations=1)
+    trainer = FlowPPOTrainer(load_policy(small_policy_folders["pi0"]), args, metaworld_env(max_episode_steps=15))
+    trainer._loaded.policy.config.dtype = "bfloat16"
+    dtypes = {name: p.dtype for name, p in trainer.actor_critic.policy.named_parameters()}
+    frozen = [
+        dtype for name, dtype in dtypes.items() if ".paligemma." in name and "language_model.layers.0.mlp" in name
+    ]
+    assert set(frozen) == {torch.bfloat16}
+    assert {dtype for name, dtype in dtypes.items() if "gemma_expert" in name} == {torch.float32}
+    trainer.train()
+    history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert max(entry["policy/ratio_error_first"] for entry in history) < 1e-3
+    trainer.save_model(str(tmp_path / "policy"))
+    loaded = load_policy(tmp_path / "policy").policy.state_dict()
+    assert loaded
+    for name, value in trainer._loaded.policy.state_dict().items():
+        assert torch.equal(loaded[name], value.float()), name

@@ -71,6 +71,11 @@ class StopAfterFirst(TrainerCallback):
         control.should_training_stop = True
 
 
+class StopAfterSecond(TrainerCallback):
+    def on_epoch_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.epoch >= 2
+
+
 @pytest.mark.parametrize("algorithm", [PPO, GRPO], ids=["ppo", "grpo"])
 @pytest.mark.parametrize("mdp", ["one_layer", "two_layer", "hybrid"])
 @pytest.mark.parametrize("noise", ["flow_sde", "flow_noise", "flow_cps"])
@@ -156,7 +161,8 @@ def test_masked_chunks_are_neither_simulated_nor_trained_on(make):
 
 
 def test_the_critic_warms_up_alone(train):
-    trainer = train(critic_warmup_iterations=2, weight_decay=0.1, noise="flow_noise")
+    trainer = train(critic_warmup_iterations=2, weight_decay=0.1, noise="flow_noise", num_iterations=3,
+                    callbacks=[StopAfterSecond()])  # fmt: skip
     for name, value in parameters(trainer).items():
         assert torch.equal(value, trainer.before[name]) != name.startswith("value_head"), name
     trainer = train(critic_warmup_iterations=1, noise="flow_noise")
@@ -173,15 +179,23 @@ def test_noise_is_annealed_linearly(train):
     assert stds[0] > stds[1] > stds[2]
 
 
-def test_rewards_are_normalised_by_the_running_std_of_returns(train, tmp_path):
-    options = {"normalize_rewards": True, "num_iterations": 3}
-    straight = train(**options, output_dir=str(tmp_path / "straight"))
-    scales = [entry["rollout/reward_scale"] for entry in log_of(straight)]
+def test_rewards_are_divided_by_the_running_std_of_returns(train, make):
+    trainer = train(normalize_rewards=True, num_iterations=3)
+    scales = [entry["rollout/reward_scale"] for entry in log_of(trainer)]
     assert all(scale > 0 for scale in scales)
     assert len(set(scales)) == 3
     # the statistics of the environment stay in its own units
     plain = train(num_iterations=1)
-    assert log_of(plain)[0]["rollout/return"] == log_of(straight)[0]["rollout/return"]
+    assert log_of(plain)[0]["rollout/return"] == log_of(trainer)[0]["rollout/return"]
+    # a thousand times the rewards teach the same, up to the first guess of the critic
+    estimates = []
+    for factor in (1.0, 1000.0):
+        normalised = make(normalize_rewards=True)
+        rollout = normalised.collector.collect(0)
+        rollout.rewards *= factor
+        estimates.append(normalised.estimate(rollout).returns)
+    torch.testing.assert_close(estimates[1], estimates[0], rtol=1e-4, atol=1e-4)
+    assert estimates[0].abs().max() > 0.1
 
 
 @pytest.mark.parametrize(
@@ -281,6 +295,13 @@ def test_torch_compile_changes_nothing_but_rounding(train):
     ("algorithm", "overrides", "message"),
     [
         (PPO, {"mdp": "three_layer"}, "two_layer"),
+        (PPO, {"noise": "ode"}, "deterministic, it has no log-prob"),
+        (PPO, {"bf16": True}, "compute alike"),
+        (PPO, {"noise": "flow_cps", "noise_level_end": 1.2}, "outside"),
+        (PPO, {"noise_level_end": 0.2, "num_iterations": 1}, "num_iterations=1"),
+        (PPO, {"critic_warmup_iterations": 2}, "below num_iterations=2"),
+        (PPO, {"value_loss_coefficient": 0.0}, "trained critic"),
+        (PPO, {"vlm_dtype": "bfloat16"}, "about a VLM"),
         (PPO, {"mdp": "hybrid", "joint_reduction": "mean"}, "joint_reduction"),
         (PPO, {"denoising_lambda": 0.5}, "no effect with mdp 'hybrid'"),
         (PPO, {"critic": "image"}, "vlm or expert"),
@@ -298,3 +319,32 @@ def test_torch_compile_changes_nothing_but_rounding(train):
 def test_options_that_mean_nothing_are_refused_with_the_reason(make, algorithm, overrides, message):
     with pytest.raises(ValueError, match=message):
         make(algorithm, **overrides)
+
+
+def test_a_dry_run_updates_with_the_runs_own_batch(make):
+    shrunk = make(dry_run=True, per_device_train_batch_size=4, global_batch_size=16).args
+    assert (shrunk.per_device_train_batch_size, shrunk.gradient_accumulation_steps) == (4, 2)
+    grpo = make(GRPO, dry_run=True, env_options={"tolerance": 0.01, "reward": "success"})
+    grpo.train()
+    assert "policy/ratio_error_first" in log_of(grpo)[0]
+
+
+def test_configuration_and_trainer_must_belong_together(mlp_folder, tmp_path):
+    args = FlowPPOConfig(**{**COMMON, "output_dir": str(tmp_path)})
+    with pytest.raises(ValueError, match="FlowGRPOTrainer takes a FlowGRPOConfig, got a FlowPPOConfig"):
+        FlowGRPOTrainer(str(mlp_folder), args, ENV, ENV_OPTIONS)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ((PPO, {"normalize_rewards": True}), (PPO, {}), "had normalize_rewards=true"),
+        ((PPO, {}), (PPO, {"normalize_rewards": True}), "had normalize_rewards=false"),
+        ((PPO, {}), (GRPO, {}), "of a PPO run, this one is GRPO"),
+    ],
+)
+def test_resume_with_another_method_is_refused(train, tmp_path, first, second, message):
+    folder = {"output_dir": str(tmp_path / "run"), "save_every_iterations": 1}
+    train(first[0], callbacks=[StopAfterFirst()], **folder, **first[1])
+    with pytest.raises(ValueError, match=message):
+        train(second[0], resume=str(tmp_path / "run" / "checkpoint-4"), **folder, **second[1])
