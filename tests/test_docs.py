@@ -63,7 +63,7 @@ def logged_keys(trainer_class, config_class, mlp_folder, folder, **options) -> s
     args = config_class(
         output_dir=str(folder),
         use_cpu=True,
-        num_iterations=1,
+        num_iterations=2,
         num_envs=4,
         rollout_chunks=4,
         per_device_train_batch_size=16,
