@@ -7,9 +7,8 @@ from pi_rl.rollout.summary import summarize_episodes
 def evaluation(rate, episodes=40, tasks=("press", "pull")):
     names = [tasks[i % len(tasks)] for i in range(episodes)]
     solved = round(rate * episodes)
-    return summarize_episodes(
-        names, [i < solved for i in range(episodes)], [30 if i < solved else 80 for i in range(episodes)]
-    )
+    success = [i < solved for i in range(episodes)]
+    return summarize_episodes(names, success, [30 if won else 80 for won in success], [float(won) for won in success])
 
 
 def run_results(seed=0, before=0.5, after=0.8, **changes):

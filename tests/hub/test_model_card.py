@@ -88,3 +88,16 @@ def test_a_folder_without_policy_is_refused(tmp_path, results):
 def test_other_seeds_are_listed(folder, results, make_results):
     text = write(folder, results, other_runs=[make_results(seed) for seed in range(3)]).read_text()
     assert "| flow_noise | camera | 2 |" in text
+
+
+def test_a_card_names_the_algorithm_lora_and_reward(folder, results):
+    results.config.update(algorithm="GRPO", lora_rank=32, env_options={"reward": "structured"})
+    options = {"env_name": "metaworld:reach-v3", "reproduce_command": "accelerate launch recipes/grpo_flow_sde.py"}
+    card = write_model_card(folder, results, **options)
+    assert "grpo" in ModelCard.load(card).data.tags
+    text = card.read_text()
+    assert "learned by GRPO" in text
+    assert "PPO" not in text
+    assert "LoRA of rank 32" in text
+    assert "the environment's structured reward" in text
+    assert "and a critic" not in text
