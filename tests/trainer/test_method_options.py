@@ -287,6 +287,7 @@ def test_a_grpo_checkpoint_has_no_critic(train, tmp_path):
 def test_torch_compile_changes_nothing_but_rounding(train):
     plain = train()
     compiled = train(torch_compile=True, torch_compile_backend="aot_eager")
+    assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
     for name, value in parameters(plain).items():
         torch.testing.assert_close(parameters(compiled)[name], value, rtol=1e-3, atol=2e-5)
 
