@@ -2,8 +2,10 @@
 
 import dataclasses
 import importlib
+import math
 import re
 from pathlib import Path
+from statistics import NormalDist
 
 import pytest
 import torch
@@ -90,6 +92,15 @@ def test_every_metric_is_documented_and_no_other(mlp_folder, tmp_path):
     possible = logged | keys_in_the_source()
     assert {"loss", "eval_return", "policy/noise_level", "rollout/reward_scale", "groups/informative"} <= logged
     assert documented_keys() == possible
+
+
+def test_the_table_of_kl_clip_and_largest_ratio_follows_from_a_gaussian_log_ratio():
+    rows = re.findall(r"^\| (?:KL|clip fraction|largest of 4096 ratios) \|(.*)\|$", PAGES["metrics.md"], re.MULTILINE)
+    kls, clipped, largest = ([float(cell) for cell in row.split("|")] for row in rows)
+    for k, share, peak in zip(kls, clipped, largest, strict=True):
+        log_ratio = NormalDist(-k, math.sqrt(2 * k))
+        assert share == pytest.approx(log_ratio.cdf(math.log(0.8)) + 1 - log_ratio.cdf(math.log(1.2)), abs=0.006)
+        assert peak == pytest.approx(math.exp(log_ratio.inv_cdf(0.5 ** (1 / 4096))), abs=0.06)
 
 
 @pytest.mark.parametrize("page", PAGES)

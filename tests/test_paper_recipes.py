@@ -25,7 +25,17 @@ BASES = {"base", "pi0", "pi05", "maniskill"}
 SFT = [path for path in FILES if path.parent.name == "sft" and path.stem not in BASES]
 RL = [path for path in FILES if path.parent.name != "sft" and path.stem not in BASES and "quickstart" not in path.stem]
 PAPER = yaml.load((ROOT / "tests/data/paper_tables.yaml").read_text(encoding="utf-8"), Loader=ConfigLoader)
+REFERENCE = yaml.load((ROOT / "tests/data/reference_settings.yaml").read_text(encoding="utf-8"), Loader=ConfigLoader)
+NOISES = ("flow_sde", "flow_noise")
 BENCHMARK = {"table_7": "libero", "table_8": "maniskill"}
+# MB of activations that one sample keeps in one pass of the full-size expert, counted without weights
+ACTIVATIONS = {
+    "libero": {"pi0": 298, "pi05": 239},
+    "calvin": {"pi0": 181, "pi05": 225},
+    "metaworld": {"pi0": 105, "pi05": 149},
+    "maniskill": {"pi0": 112, "pi05": 157},
+}
+LIVE_PREFIX = 3974  # the same of the VLM's pass with LoRA of rank 32: π0, two cameras
 MISPRINTS = {("table_8", "SFT train steps", 100040): 1000}
 
 
@@ -98,12 +108,7 @@ ROWS = {
     "Min log-var (Flow-Noise)": lambda p: p.rl.noise_std_min,
     "Entropy bonus (Flow-Noise)": lambda p: p.rl.entropy_coefficient,
 }
-COLUMNS = [
-    (table, column, noise)
-    for table in BENCHMARK
-    for column in PAPER[table]["columns"]
-    for noise in ("flow_sde", "flow_noise")
-]
+COLUMNS = [(table, column, noise) for table in BENCHMARK for column in PAPER[table]["columns"] for noise in NOISES]
 
 
 @pytest.fixture(params=[1, 8])
@@ -139,6 +144,30 @@ def test_the_tables_are_transcribed_whole():
     assert {row for table in BENCHMARK for row in PAPER[table]["rows"]} == set(ROWS)
 
 
+@pytest.mark.parametrize(
+    ("benchmark", "column"),
+    [(key, column) for key in REFERENCE if key != "results" for column in REFERENCE[key]["columns"]],
+)
+def test_what_the_paper_leaves_open_is_as_in_the_reference(benchmark, column):
+    index = REFERENCE[benchmark]["columns"].index(column)
+    folder, _, algorithm = benchmark.partition("_")
+    paths = [CONFIGS / folder / f"{column}_{suffix}.yaml" for suffix in ([algorithm] if algorithm else NOISES)]
+    for parsed in [parse(path) for path in paths if path.exists()]:
+        options = {**vars(parsed.rl), **parsed.recipe.env_options}
+        for row, cells in REFERENCE[benchmark]["rows"].items():
+            value = getattr(options[row], "value", options[row])
+            assert value == pytest.approx(cells[index]), row
+
+
+@pytest.mark.parametrize("path", [path for path in RL if not path.stem.startswith("gr00t")], ids=name)
+def test_the_activations_of_an_update_fit_a_gpu_of_80_gb(path):
+    parsed = parse(path)
+    passes = parsed.rl.denoising_steps if parsed.rl.sampler().mdp == "one_layer" else 1
+    megabytes = passes * ACTIVATIONS[path.parent.name][path.stem.split("_")[0]]
+    megabytes += LIVE_PREFIX if parsed.recipe.lora_rank else 0
+    assert parsed.rl.per_device_train_batch_size * megabytes < 40_000
+
+
 @pytest.mark.parametrize("path", RL, ids=name)
 def test_every_recipe_parses_and_its_batches_come_out_even(path, processes):
     parsed = parse(path)
@@ -152,6 +181,7 @@ def test_every_recipe_parses_and_its_batches_come_out_even(path, processes):
         assert rl.num_minibatches == 1
     else:  # one episode per environment and rollout epoch
         assert covered == limit
+    assert recipe.env_options.get("reward") == ("structured" if path.parent.name == "maniskill" else None)
     critic = getattr(rl, "critic", None)
     assert critic == (None if path.stem.endswith("grpo") else "vlm" if path.stem.startswith("pi05") else "expert")
 
@@ -166,6 +196,8 @@ def test_every_sft_recipe_parses_and_names_its_own_output(path):
 
 def test_the_few_shot_subsets_have_the_papers_sizes():
     sizes = PAPER["section_5_2"]
+    assert f"{sizes['metaworld_mt50']:,} trajectories" in README
+    assert f"{sizes['metaworld_mt50']:,} trajectories" in (CONFIGS / "sft/pi0_metaworld_mt50.yaml").read_text()
     assert parse_sft(CONFIGS / "sft/pi0_libero_58.yaml").num_episodes == sizes["pi0_libero_58"]
     assert parse_sft(CONFIGS / "sft/pi0_libero_long_208.yaml").num_episodes == sizes["pi0_libero_long_208"]
     published = parse_sft(CONFIGS / "sft/pi05_libero_40.yaml")
@@ -278,12 +310,29 @@ def test_readme_lists_every_file_with_the_published_number():
         assert f"configs/{name(path)}" in linked, name(path)
     for path in linked:
         assert (ROOT / "recipes" / path).is_file(), path
-    results = PAPER["results"]
+    results = PAPER["results"] | REFERENCE["results"]
+    start = sft_column()
     for table, position, suffix, folder in (
         ("table_1", 1, "flow_sde", "libero"), ("table_1", 2, "flow_noise", "libero"), ("table_5", 1, "grpo", "libero"),
         ("table_2", 1, "flow_noise", "maniskill"), ("table_3", 1, "flow_sde", "maniskill"),
         ("table_3", 2, "flow_noise", "maniskill"), ("table_4", 1, "flow_sde", "metaworld"),
         ("table_4", 2, "flow_noise", "metaworld"), ("table_10", 1, "flow_sde", "libero"),
+        ("calvin", 1, "flow_sde", "calvin"), ("calvin", 2, "flow_noise", "calvin"),
     ):  # fmt: skip
         for column, numbers in results[table].items():
-            assert float(linked[f"configs/{folder}/{column}_{suffix}.yaml"]) == numbers[position], (table, column)
+            path = f"configs/{folder}/{column}_{suffix}.yaml"
+            assert (float(start[path]), float(linked[path])) == (numbers[0], numbers[position]), (table, column)
+
+
+def sft_column():
+    """What stands under SFT in the row that links a file."""
+    found, index = {}, None
+    for line in README.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if not line.startswith("|"):
+            index = None
+        elif "SFT" in cells:
+            index = cells.index("SFT")
+        elif index is not None:
+            found |= dict.fromkeys(re.findall(r"\((configs/[\w/.]+)\)", line), cells[index])
+    return found
