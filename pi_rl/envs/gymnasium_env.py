@@ -69,8 +69,8 @@ def make_spec(name: str, tasks: Sequence[str], options: GymnasiumOptions) -> Env
         The specification.
 
     Raises:
-        ValueError: A space is not a Box of one dimension, tasks differ in their spaces or time limits, or there is no
-            time limit.
+        ValueError: A space is not a Box of one dimension, actions have no bounds, tasks differ in their spaces or time
+            limits, there is no time limit, or Gymnasium cannot make the environment.
     """
     described = {task: _describe(task, options) for task in tasks}
     first = described[tasks[0]]
@@ -88,17 +88,22 @@ def _describe(task: str, options: GymnasiumOptions) -> dict[str, Any]:
     """The task's own part of the specification."""
     import gymnasium
 
-    limit = options.max_episode_steps or gymnasium.spec(task).max_episode_steps
-    if limit is None:
-        raise ValueError(f"{task} has no time limit of its own; set the option max_episode_steps")
-    env = _make(task, options)
+    env = _make(task, options)  # first: it imports the module that registers a "module:id"
     try:
+        limit = options.max_episode_steps or gymnasium.spec(task.rpartition(":")[2]).max_episode_steps
+        if limit is None:
+            raise ValueError(f"{task} has no time limit of its own; set the option max_episode_steps")
         for kind, space in (("observation", env.observation_space), ("action", env.action_space)):
             if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
                 raise ValueError(
                     f"the {kind} space of {task} is {space}; only a Box of one dimension is supported. Choose another "
                     "environment, or register a wrapped version of it."
                 )
+        if not env.action_space.is_bounded():
+            raise ValueError(
+                f"the action space of {task} is {env.action_space}; bounds are needed, which explored actions are "
+                "clipped to. Register a version of it in gymnasium.wrappers.TransformAction with a bounded Box."
+            )
         return {
             "state_dim": env.observation_space.shape[0],
             "action_dim": env.action_space.shape[0],
@@ -114,17 +119,24 @@ def _describe(task: str, options: GymnasiumOptions) -> dict[str, Any]:
 def _make(task: str, options: GymnasiumOptions) -> Any:
     import gymnasium
 
-    return gymnasium.make(
-        task, max_episode_steps=_NO_LIMIT, disable_env_checker=True, **dict(options.make_kwargs or {})
-    )
+    try:
+        return gymnasium.make(
+            task, max_episode_steps=_NO_LIMIT, disable_env_checker=True, **dict(options.make_kwargs or {})
+        )
+    except gymnasium.error.Error as error:
+        raise ValueError(
+            f"Gymnasium cannot make {task}: {str(error).rstrip('.')}. Install what is missing, or choose another "
+            "environment."
+        ) from error
 
 
 class GymnasiumVectorEnv(InProcessVectorEnv):
     """B Gymnasium environments in this process.
 
-    The state id is the seed of Gymnasium's `reset`, which by its contract determines the episode; this holds to the
-    bit for the environments that come with Gymnasium. `terminated` is what the environment says: for most it means
-    failure (a pole fell). Success is what `info["is_success"]` or `info["success"]` says, False without them.
+    The state id is the seed of Gymnasium's `reset`, which by its contract determines the episode. To the bit this is
+    tested for classic control and MuJoCo; other simulators, such as Box2D, may carry something over a reset.
+    `terminated` is what the environment says: for most it means failure (a pole fell). Success is what
+    `info["is_success"]` or `info["success"]` says, False without them.
 
     Args:
         spec: From `make_spec`.

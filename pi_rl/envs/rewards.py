@@ -21,7 +21,7 @@ def check_reward(reward: str) -> None:
 
 
 class TaskReward:
-    """Sparse or structured reward of B episodes (paper section 5.1: ManiSkill).
+    """Sparse or structured reward of B episodes (paper section 5.2.2: ManiSkill).
 
     A state is worth Φ = 1[solved] for "success" and Φ = 0.1 · 1[object attached to the gripper] + 1[solved] for
     "structured". A step pays the difference Φ_t − Φ_{t−1}, so an episode's rewards add up to the Φ of its last state:

@@ -37,12 +37,26 @@ class Counter(gymnasium.Env):
         )
 
 
+class Unbounded(Counter):
+    action_space = Box(-np.inf, np.inf, (1,), np.float32)
+
+
+def not_installed():
+    raise gymnasium.error.DependencyNotInstalled("Box3D is not installed, run `pip install box3d`.")
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _registered(metaworld):  # that fixture chooses a renderer before MuJoCo is imported
-    for name, limit in (("Counter-v0", 10), ("Limitless-v0", None)):
-        gymnasium.register(f"PiRlTest/{name}", entry_point=Counter, max_episode_steps=limit)
+    made = (
+        ("Counter-v0", Counter, 10),
+        ("Limitless-v0", Counter, None),
+        ("Unbounded-v0", Unbounded, 10),
+        ("Missing-v0", not_installed, 10),
+    )
+    for name, entry_point, limit in made:
+        gymnasium.register(f"PiRlTest/{name}", entry_point=entry_point, max_episode_steps=limit)
     yield
-    for name in ("Counter-v0", "Limitless-v0"):
+    for name, *_ in made:
         del gymnasium.registry[f"PiRlTest/{name}"]
 
 
@@ -176,6 +190,12 @@ def test_tasks_of_one_kind_go_together():
         ),
         ("CartPole-v1", {}, r"action space of CartPole-v1 is Discrete\(2\)"),
         ("PiRlTest/Limitless-v0", {}, "no time limit of its own; set the option max_episode_steps"),
+        ("PiRlTest/Unbounded-v0", {}, "bounds are needed, .*TransformAction with a bounded Box"),
+        (
+            "PiRlTest/Missing-v0",
+            {},
+            "cannot make PiRlTest/Missing-v0: Box3D is not installed, run `pip install box3d`",
+        ),
         ("Pendulum", {}, "unknown task 'Pendulum' .*nearest: Pendulum-v1"),
         ("no_such_module:Thing-v0", {}, "unknown task 'no_such_module:Thing-v0'"),
         ("Pendulum-v1", {"max_episode_steps": 0}, "max_episode_steps must be at least 1, got 0"),
@@ -189,12 +209,20 @@ def test_what_cannot_work_is_refused(name, options, message):
 
 
 def test_a_module_can_register_its_environment(tmp_path, monkeypatch):
-    code = "import gymnasium\ngymnasium.register('Mine-v0', entry_point='gymnasium.envs.classic_control:PendulumEnv')"
-    (tmp_path / "pi_rl_test_module.py").write_text(code)
+    code = "import gymnasium\ngymnasium.register({!r}, entry_point='{}:PendulumEnv', max_episode_steps={})\n"
+    place = "gymnasium.envs.classic_control"
+    module = tmp_path / "pi_rl_test_module.py"
+    module.write_text(code.format("Mine-v0", place, 3) + code.format("Endless-v0", place, None))
     monkeypatch.syspath_prepend(tmp_path)
-    with make_env("gymnasium:pi_rl_test_module:Mine-v0", 1, max_episode_steps=3) as env:
+    with make_env("gymnasium:pi_rl_test_module:Mine-v0", 1) as env:
+        assert env.spec.max_episode_steps == 3
         assert env.reset(ids(0))[STATE].shape == (1, 3)
-    del gymnasium.registry["Mine-v0"]
+    with make_env("gymnasium:pi_rl_test_module:Endless-v0", 1, max_episode_steps=2) as env:
+        assert env.spec.max_episode_steps == 2
+    with pytest.raises(ValueError, match="pi_rl_test_module:Endless-v0 has no time limit"):
+        check_name_and_options("gymnasium:pi_rl_test_module:Endless-v0", {})
+    for name in ("Mine-v0", "Endless-v0"):
+        del gymnasium.registry[name]
 
 
 def test_there_is_nothing_to_film_and_closing_is_final():
