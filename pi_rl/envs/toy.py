@@ -17,7 +17,7 @@ INSTRUCTIONS = {"identity": "repeat the target", "point-mass": "move to the goal
 REWARDS = ("success", "distance")
 FPS = 10
 FORCE, DRAG = 4.0, 2.0
-CLOSEST, FARTHEST = 0.4, 1.0
+CLOSEST, FARTHEST = 0.3, 0.8
 
 
 @dataclass(frozen=True)
@@ -28,8 +28,8 @@ class ToyOptions:
         dimensions: Numbers in an action, and in target, position, velocity and goal.
         tolerance: Distance to the target or goal, as a root mean square over dimensions, that counts as success.
         reward: "success" pays 1 for it. "distance" pays minus the squared distance for `identity`, and for
-            `point-mass` the way that a step gained towards the goal, plus 1 for success. None: "distance" for
-            `identity`, "success" for `point-mass`.
+            `point-mass` minus the distance per second, plus 1 for success. None: "distance" for `identity`,
+            "success" for `point-mass`.
         max_episode_steps: Steps after which `point-mass` is truncated; `identity` always has one.
     """
 
@@ -141,13 +141,12 @@ class PointMassEnv(_ToyEnv):
         self.states[slots] = np.concatenate([self._x[slots], self._v[slots], self._goal[slots]], axis=1)
 
     def _advance(self, slots: NDArray[np.int64], actions: NDArray[np.float32]) -> StepResult:
-        before = _distance(self._goal[slots] - self._x[slots])
         self._v[slots] += (FORCE * actions - DRAG * self._v[slots]) / FPS
         self._x[slots] += self._v[slots] / FPS
         self._observe(slots)
-        after = _distance(self._goal[slots] - self._x[slots])
-        success = after < self._options.tolerance
+        distance = _distance(self._goal[slots] - self._x[slots])
+        success = distance < self._options.tolerance
         rewards = success.astype(float)
         if self._options.reward == "distance":
-            rewards = rewards + before - after
+            rewards = rewards - distance / FPS
         return StepResult(rewards, success, np.zeros(len(slots), bool), success)
