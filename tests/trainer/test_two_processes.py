@@ -60,6 +60,8 @@ for name, make_config, make_trainer, options in (
     save_file(trained, f"{out}/{name}-rank{args.process_index}.safetensors")
     history = [entry for entry in trainer.state.log_history if "loss" in entry]
     open(f"{out}/{name}-rank{args.process_index}.json", "w").write(json.dumps(history))
+if torch.distributed.is_initialized():
+    torch.distributed.destroy_process_group()  # its threads must not outlive the interpreter
 """
 
 
