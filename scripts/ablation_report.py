@@ -202,6 +202,7 @@ QUANTITIES: dict[str, Quantity] = {
     "grad_norm": Quantity("gradient norm, mean", _column("grad_norm")),
     "noise_std": Quantity("noise std, mean", _column("noise_std")),
     "value_loss": Quantity("value loss, second half", _column("value_loss", 0.5), form=".4f"),
+    "explained_variance_early": Quantity("explained variance, first half", _column("explained_variance", last=0.5)),
     "explained_variance": Quantity("explained variance, second half", _column("explained_variance", 0.5)),
     "update_seconds": Quantity("update, s per iteration", _column("update_seconds")),
     "kl_end": Quantity("KL, last third", _column("approx_kl", 0.7), form=".3f"),

@@ -234,7 +234,7 @@ FIGURES: dict[str, Figure] = {
                   "critic-expert-linear"),
             Claim("Four layers end above one", "Fig. 6a", "rl_eval", "critic-expert", "critic-expert-linear"),
         ),
-        ("rl_eval", "value_loss", "explained_variance"),
+        ("rl_eval", "value_loss", "explained_variance_early", "explained_variance"),
     ),
     "fig7": Figure(
         "Fixed and learned noise in the same hybrid MDP, no entropy bonus",
@@ -295,7 +295,7 @@ FIGURES: dict[str, Figure] = {
             Claim("Values of chunks of 10 are better explained than of 20", "Fig. 11b", "explained_variance",
                   "chunk-10", "chunk-20"),
         ),
-        ("sft_eval", "rl_eval", "explained_variance"),
+        ("sft_eval", "rl_eval", "explained_variance_early", "explained_variance"),
     ),
     "fig12": Figure(
         "Constant and cosine learning rate",
