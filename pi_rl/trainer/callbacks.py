@@ -77,6 +77,7 @@ class IterationReport(TrainerCallback):
         parts = [
             f"iteration {done:>{len(str(total))}}/{total}",
             f"success {_number(logs.get('rollout/success_rate'), '.2f')}",
+            *_return_part(logs.get("rollout/success_rate"), logs.get("rollout/return")),
             f"length {_number(logs.get('rollout/episode_length'), '.0f')}",
             f"KL {_number(logs.get('policy/approx_kl'), '.3f')}",
             f"clipped {_number(logs.get('policy/clip_fraction'), '.2f')}",
@@ -90,12 +91,18 @@ class IterationReport(TrainerCallback):
 
 def evaluation_line(logs: dict[str, float]) -> str:
     """One line for an evaluation's metrics."""
+    paid = _return_part(logs["eval_success_rate"], logs["eval_return"])
     return (
         f"  evaluation: success {logs['eval_success_rate']:.3f} "
-        f"[{logs['eval_ci95_low']:.2f}, {logs['eval_ci95_high']:.2f}], "
+        f"[{logs['eval_ci95_low']:.2f}, {logs['eval_ci95_high']:.2f}], {''.join(f'{part}, ' for part in paid)}"
         f"length {logs['eval_episode_length']:.1f}, {int(logs['eval_n_episodes'])} episodes, "
         f"{logs['eval_runtime']:.1f} s"
     )
+
+
+def _return_part(success: float | None, paid: float | None) -> list[str]:
+    """The return, where it says more than the success rate."""
+    return [] if paid is None or paid == success else [f"return {paid:.4g}"]
 
 
 def _number(value: float | None, form: str) -> str:
