@@ -12,6 +12,7 @@ import copy
 import dataclasses
 import difflib
 import os
+import shlex
 import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
@@ -131,6 +132,46 @@ def dump_config(instances: Iterable[Any], path: Path | str) -> None:
     Raises:
         ValueError: If a value cannot be written as YAML.
     """
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.partial")
+    partial.write_text(_config_text(instances), encoding="utf-8")
+    os.replace(partial, target)
+
+
+def changed_settings(instances: Iterable[Any], path: Path | str) -> list[str]:
+    """Lines by which a configuration that :func:`dump_config` wrote and these instances differ.
+
+    Args:
+        instances: Dataclass instances.
+        path: The file; without one nothing differs.
+    """
+    if not Path(path).exists():
+        return []
+    written, wanted = Path(path).read_text(encoding="utf-8"), _config_text(instances)
+    lines = list(difflib.unified_diff(written.splitlines(), wanted.splitlines(), n=0, lineterm=""))[2:]
+    return [line[1:] for line in lines if line[0] in "+-"]
+
+
+def launch_command(script: str, words: Sequence[str]) -> str:
+    """The command line that repeats a run, to be shown to others: paths of this machine appear by their last part.
+
+    Args:
+        script: Recipe, such as ``"recipes/sft.py"``.
+        words: Its arguments.
+    """
+    return shlex.join(["accelerate", "launch", script, *map(_without_folder, words)])
+
+
+def _without_folder(word: str) -> str:
+    """A path that begins at the root, the user's or a parent folder, by its last part; other words unchanged."""
+    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    path = Path(value)
+    outside = path.is_absolute() or path.parts[:1] in (("~",), ("..",))
+    return f"{option}{equals}{path.name}" if outside and path.name else word
+
+
+def _config_text(instances: Iterable[Any]) -> str:
+    """All fields of our own and changed ones of TrainingArguments, as YAML by topic."""
     values = {type(instance): instance for instance in instances}
     sections: dict[str, dict[str, Any]] = {}
     for name, option in _collect_options(tuple(values)).items():
@@ -142,15 +183,12 @@ def dump_config(instances: Iterable[Any], path: Path | str) -> None:
         try:
             sections.setdefault(option.group, {})[name] = to_plain(value)
         except TypeError as error:
-            raise ValueError(f"{name}={value!r} cannot be written to {path}: {error}.") from error
+            raise ValueError(f"{name}={value!r} cannot be written as YAML: {error}.") from error
     lines = []
     for group, entries in sections.items():
         text = yaml.dump(entries, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True)
         lines.append(f"# {group}\n{text}")
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.partial")
-    partial.write_text("\n".join(lines), encoding="utf-8")
-    os.replace(partial, target)
+    return "\n".join(lines)
 
 
 def _collect_options(dataclass_types: Sequence[type]) -> dict[str, _Option]:

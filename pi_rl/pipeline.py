@@ -6,7 +6,6 @@ killed goes on with the first stage that is missing when the same command is giv
 
 import json
 import os
-import shlex
 import shutil
 import sys
 import time
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from pi_rl.__about__ import package_versions
-from pi_rl.arguments import dump_config, parse_recipe_arguments
+from pi_rl.arguments import changed_settings, dump_config, launch_command, parse_recipe_arguments
 from pi_rl.progress import Progress, say
 from pi_rl.recipe_arguments import RecipeArguments
 
@@ -169,7 +168,7 @@ def run_recipe(
         recipe,
         config,
         algorithm,
-        shlex.join(["accelerate", "launch", f"recipes/{Path(sys.argv[0]).name}", *arguments]),
+        launch_command(f"recipes/{Path(sys.argv[0]).name}", arguments),
     )
     with _set_up():
         spec = check_name_and_options(recipe.env, run.env_options)
@@ -245,20 +244,14 @@ def _prepare_folder(run: _Run) -> None:
             )
         run.claimed = not config.exists()
         run.folder.mkdir(parents=True, exist_ok=True)
-        partial = run.folder / f".{CONFIG_NAME}.new"
-        dump_config((run.recipe, run.rl), partial)
-        if config.exists() and config.read_text() != partial.read_text():
-            old, new = config.read_text().splitlines(), partial.read_text().splitlines()
-            partial.unlink()
-            changed = sorted(set(old) ^ set(new))
+        if changed := changed_settings((run.recipe, run.rl), config):
             raise ValueError(
                 f"{run.folder} holds a run with other settings ({'; '.join(changed[:6])}). Give another --output_dir, "
                 "delete the folder, or repeat the command of that run to continue it."
             )
-        if not config.exists() and any(entry != partial for entry in run.folder.iterdir()):
-            partial.unlink()
+        if run.claimed and any(run.folder.iterdir()):
             raise ValueError(f"{run.folder} is not empty and holds no run of pi_rl. Give another --output_dir.")
-        partial.replace(config)
+        dump_config((run.recipe, run.rl), config)
     run.wait()
 
 

@@ -6,26 +6,24 @@ checkpoint when the same command is given again.
 """
 
 import os
-import shlex
 import shutil
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pi_rl.arguments import dump_config, option, parse_recipe_arguments
+from pi_rl.arguments import changed_settings, dump_config, launch_command, option, parse_recipe_arguments
 from pi_rl.pipeline import RecipeError
 from pi_rl.progress import Progress, say
 from pi_rl.trainer.sft import last_checkpoint, launched_rank, run_sft
 from pi_rl.trainer.sft_data import check_dataset, choose_episodes
+from pi_rl.trainer.sft_launch import first_prepares
 from pi_rl.trainer.sft_start import StartSettings, model_folder, start_config, write_start_policy
 
 MODEL, DATA, TRAINING, OUTPUT = "Policy", "Demonstrations", "Training", "Output"
 CONFIG_NAME, START_NAME = "sft_config.yaml", "start"
 DTYPES = ("float32", "bfloat16")
-_WAIT_S = 600.0
 
 
 @dataclass
@@ -83,10 +81,18 @@ class SftArguments:
 
     def __post_init__(self) -> None:
         positive = ("steps", "batch_size", "learning_rate", "grad_clip_norm")
-        not_negative = ("final_learning_rate", "warmup_steps", "weight_decay", "save_every_steps", "num_workers")
+        not_negative = (
+            "final_learning_rate",
+            "weight_decay",
+            "save_every_steps",
+            "num_workers",
+            "subset_seed",
+            "seed",
+        )
         rules = {
             **{name: (getattr(self, name) > 0, "above 0") for name in positive},
             **{name: (getattr(self, name) >= 0, "0 or more") for name in not_negative},
+            "warmup_steps": (0 <= self.warmup_steps < self.steps, f"0 or more and below steps={self.steps}"),
             "adam_beta2": (0 <= self.adam_beta2 < 1, "at least 0 and below 1"),
             **{
                 name: (getattr(self, name) in (None, *DTYPES), " or ".join(DTYPES))
@@ -180,7 +186,7 @@ def run_sft_recipe(description: str, default_config: Path | None, argv: Sequence
         say(plan.describe(args, processes), enabled=main)
         if args.dry_run:
             return output
-        return _train(args, plan, output, main, shlex.join(["accelerate", "launch", "recipes/sft.py", *arguments]))
+        return _train(args, plan, output, main, launch_command("recipes/sft.py", arguments))
     except (ValueError, RuntimeError, OSError) as error:
         raise RecipeError(str(error)) from error
 
@@ -229,13 +235,11 @@ def _make_plan(args: SftArguments, processes: int) -> _Plan:
 
 def _train(args: SftArguments, plan: _Plan, output: Path, main: bool, command: str) -> Path:
     work = output.with_name(f".{output.name}.partial")
-    if main:
-        _claim(work, args)
-        if not (work / START_NAME).is_dir():
-            write_start_policy(work / START_NAME, plan.source, plan.config, args.start_settings)
-        _download(args, plan)
-    else:
-        _wait_for(work / START_NAME)
+    first_prepares(lambda: _prepare(work, args, plan))
+    if not (work / START_NAME).is_dir():
+        raise RuntimeError(
+            f"{work / START_NAME} is not here: several machines need an --output_dir that all of them see."
+        )
     if (step := _step(work)) and main:
         say(f"Continuing from the checkpoint after step {step}.")
     try:
@@ -256,7 +260,7 @@ def _train(args: SftArguments, plan: _Plan, output: Path, main: bool, command: s
             grad_clip_norm=args.grad_clip_norm,
             seed=args.seed,
             device=plan.device,
-            bf16=args.bf16 or plan.config.dtype == "bfloat16",
+            bf16=args.bf16,
             in_memory=False,
             num_workers=args.num_workers,
             work_dir=work,
@@ -280,21 +284,25 @@ def _train(args: SftArguments, plan: _Plan, output: Path, main: bool, command: s
     return output
 
 
+def _prepare(work: Path, args: SftArguments, plan: _Plan) -> None:
+    """Settings, start policy and data, on the first process."""
+    _claim(work, args)
+    if not (work / START_NAME).is_dir():
+        write_start_policy(work / START_NAME, plan.source, plan.config, args.start_settings)
+    _download(args, plan)
+
+
 def _claim(work: Path, args: SftArguments) -> None:
     """Writes the run's settings into its work folder; refuses a checkpoint of a run with others."""
     work.mkdir(parents=True, exist_ok=True)
-    partial, config = work / f".{CONFIG_NAME}.new", work / CONFIG_NAME
-    dump_config((args,), partial)
-    if config.exists() and config.read_text() != partial.read_text():
+    if changed := changed_settings((args,), work / CONFIG_NAME):
         if last_checkpoint(work) is not None:
-            old, new = config.read_text().splitlines(), partial.read_text().splitlines()
-            partial.unlink()
             raise ValueError(
-                f"{work} holds an unfinished run with other settings ({'; '.join(sorted(set(old) ^ set(new))[:6])}). "
+                f"{work} holds an unfinished run with other settings ({'; '.join(changed[:6])}). "
                 "Give another --output_dir, delete the folder, or repeat the command of that run to continue it."
             )
         shutil.rmtree(work / START_NAME, ignore_errors=True)
-    partial.replace(config)
+    dump_config((args,), work / CONFIG_NAME)
 
 
 def _download(args: SftArguments, plan: _Plan) -> None:
@@ -304,18 +312,6 @@ def _download(args: SftArguments, plan: _Plan) -> None:
     from lerobot.datasets import LeRobotDataset
 
     LeRobotDataset(args.dataset, episodes=plan.episodes, revision=args.dataset_revision, video_backend="pyav")
-
-
-def _wait_for(path: Path) -> None:
-    """Waits until the first process has written a folder."""
-    deadline = time.monotonic() + _WAIT_S
-    while not path.exists():
-        if time.monotonic() > deadline:
-            raise RuntimeError(
-                f"The first process did not write {path} within {_WAIT_S:.0f} s. Several machines need an output "
-                "folder that all of them see."
-            )
-        time.sleep(0.2)
 
 
 def _step(work: Path) -> int:

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from pi_rl.argument_values import ConfigLoader, convert_value
-from pi_rl.arguments import ArgumentsError, dump_config, parse_recipe_arguments
+from pi_rl.arguments import ArgumentsError, changed_settings, dump_config, launch_command, parse_recipe_arguments
 
 
 class Storage(StrEnum):
@@ -317,6 +317,29 @@ def test_dump_refuses_objects(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"sizes=.* cannot be written .*object has no YAML form"):
         dump_config((Policy(sizes={"a": object()}),), tmp_path / "config.yaml")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_written_configuration_is_compared_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    assert changed_settings(parse("--hidden_sizes", "8", "4"), path) == []
+    dump_config(parse("--hidden_sizes", "8", "4"), path)
+    assert changed_settings(parse("--hidden_sizes", "8", "4"), path) == []
+    assert changed_settings(parse("--hidden_sizes", "4", "8"), path)  # the order counts
+    assert changed_settings(parse("--hidden_sizes", "8", "4", "--learning_rate", "1"), path) == [
+        "learning_rate: 0.001",
+        "learning_rate: 1.0",
+    ]
+
+
+def test_a_shown_command_names_no_folder_of_this_machine() -> None:
+    words = (
+        *("--config", "/home/me/pi_rl/quickstart.yaml", "--model=~/policies/mine", "--dataset_root", "../data"),
+        *("--model", "lerobot/pi0_base", "--output_dir", "outputs/a b", "--env_options", "{image_size: 64}"),
+    )
+    assert launch_command("recipes/sft.py", words) == (
+        "accelerate launch recipes/sft.py --config quickstart.yaml --model=mine --dataset_root data "
+        "--model lerobot/pi0_base --output_dir 'outputs/a b' --env_options '{image_size: 64}'"
+    )
 
 
 def test_nothing_heavy_is_imported() -> None:

@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -142,6 +143,11 @@ def test_the_output_is_what_rl_starts_from(sft, metaworld_env, small_policy_fold
     for file in folder.glob("*.json"):
         assert str(tmp_path) not in file.read_text().replace(str(folder), "")
         assert str(small_policy_folders["pi05"]) not in file.read_text()
+    card = (folder / "README.md").read_text()
+    assert (
+        f"--model {small_policy_folders['pi05'].name} --dataset {REPO_ID} --dataset_root data --output_dir pol" in card
+    )
+    assert not re.search(r"[\s='\"(]/\w", card)
     args = FlowPPOConfig(output_dir=str(tmp_path / "rl"), num_envs=2, rollout_chunks=2, num_iterations=1,
                          per_device_train_batch_size=4, eval_episodes=0, use_cpu=True, update_epochs=1)  # fmt: skip
     trainer = FlowPPOTrainer(str(folder), args, metaworld_env(num_envs=2, max_episode_steps=6))
@@ -212,6 +218,10 @@ def test_a_dry_run_checks_and_writes_nothing(sft, tmp_path, capsys):
         (["--normalization", "min_max"], "normalization='min_max' is unknown"),
         (["--state_in_prompt", "false"], "state_in_prompt is for π0.5"),
         (["--steps", "0"], "steps=0 is not allowed"),
+        (["--warmup_steps", "2"], "warmup_steps=2 is not allowed: it must be 0 or more and below steps=2"),
+        (["--seed", "-1"], "seed=-1 is not allowed: it must be 0 or more"),
+        (["--subset_seed", "-1"], "subset_seed=-1 is not allowed"),
+        (["--only_tasks", TASKS[0], "--except_tasks", TASKS[0]], "only_tasks=.* and except_tasks=.* leave no task"),
         (["--learning_rat", "1"], "nearest: --learning_rate"),
     ],
 )
@@ -225,6 +235,32 @@ def test_processes_share_the_batch(sft, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(RecipeError, match="batch_size=4 cannot be shared equally by 3 processes"):
         sft("pi0")
+
+
+def test_other_processes_draw_their_own_noise_from_the_first_step_and_every_checkpoint_on(
+    small_policy_folders, dataset_root, monkeypatch
+):
+    from pi_rl.trainer import sft_worker
+    from pi_rl.trainer.sft import SftJob
+
+    job = SftJob(**{**dict.fromkeys(SftJob.__dataclass_fields__), "seed": 3, "device": "cpu", "save_every_steps": 2})
+    accelerator = sft_worker.SftAccelerator(job, None)
+
+    def noise(rank, step):
+        torch.manual_seed(job.seed)  # as lerobot-train does on every process
+        monkeypatch.setattr(sft_worker.SftAccelerator, "process_index", rank)
+        accelerator._step = step
+        with accelerator.autocast():
+            return torch.randn(4).tolist()
+
+    torch.manual_seed(job.seed)
+    alone = torch.randn(4).tolist()
+    assert noise(0, 0) == noise(0, 2) == alone
+    drawn = [noise(rank, step) for rank in (1, 2) for step in (0, 2)]
+    assert len({tuple(values) for values in (alone, *drawn)}) == 5
+    assert noise(1, 1) == alone  # between checkpoints the generators are left alone
+    accelerator._first = 2  # a resumed run
+    assert noise(1, 2) == drawn[1]
 
 
 def test_a_failure_before_the_first_checkpoint_leaves_nothing(sft, small_policy_folders, tmp_path, monkeypatch):

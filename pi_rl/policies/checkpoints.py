@@ -99,7 +99,7 @@ def load_policy(
         ValueError: If files are missing or do not belong together, or a setting is out of range.
         RuntimeError: If the tokenizer cannot be loaded.
     """
-    folder = _resolve_folder(path_or_hub_id, revision)
+    folder = policy_folder(path_or_hub_id, revision)
     config = _read_config(folder)
     override_steps(config, n_action_steps, denoising_steps)
     config.device = None  # LeRobot's constructors then leave the (empty) weights where they are
@@ -278,7 +278,16 @@ def _heads(actor_critic: FlowActorCritic) -> dict[str, nn.Module]:
     return {name: head for name, head in heads.items() if head is not None}
 
 
-def _resolve_folder(path_or_hub_id: str | Path, revision: str | None) -> Path:
+def policy_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
+    """The folder of a policy; a Hub id is downloaded.
+
+    Args:
+        path_or_hub_id: Folder, or a Hub id "user/name".
+        revision: Hub commit, branch or tag; only for Hub ids.
+
+    Raises:
+        ValueError: If it is neither, or a revision comes with a folder.
+    """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         if revision is not None:

@@ -123,7 +123,13 @@ def _episodes_by_task(tasks: Sequence[str], only: Sequence[str], without: Sequen
         if task not in pool:
             near = difflib.get_close_matches(task, pool, n=3) or sorted(pool)[:3]
             raise ValueError(f"No episode shows the task {task!r}; the nearest: {'; '.join(near)}.")
-    return {task: pool[task] for task in sorted(only or pool) if task not in without}
+    left = {task: pool[task] for task in sorted(only or pool) if task not in without}
+    if not left:
+        raise ValueError(
+            f"only_tasks={list(only)} and except_tasks={list(without)} leave no task of the dataset's {len(pool)}; "
+            "a task must not be in both."
+        )
+    return left
 
 
 def _checked_episodes(episodes: Sequence[int], pool: Mapping[str, list[int]], total: int) -> list[int]:

@@ -8,12 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-
 from pi_rl.trainer.sft_data import ACTION_KEY, NORMALIZATIONS, STATE_KEY, camera_keys
 
 _STATE_PROMPT, _PLAIN_PROMPT = "pi05_prepare_state_tokenizer_processor_step", "smolvla_new_line_processor"
-_DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.jinja")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,11 +45,9 @@ def model_folder(model: str, revision: str | None = None) -> Path:
     Raises:
         ValueError: If it is neither a folder nor a Hub id, or holds no LeRobot policy with its weights in one file.
     """
-    path = Path(model).expanduser()
-    if not path.is_dir():
-        if model.startswith((".", "/", "~")) or model.count("/") != 1:
-            raise ValueError(f"model={model!r} is neither an existing folder nor a Hub id of the form user/name.")
-        path = Path(snapshot_download(model, revision=revision, allow_patterns=list(_DOWNLOADED)))
+    from pi_rl.policies.checkpoints import policy_folder
+
+    path = policy_folder(model, revision)
     for name in ("config.json", "model.safetensors"):
         if not (path / name).is_file():
             raise ValueError(f"{model} has no {name}; a policy in LeRobot's layout with unsharded weights is needed.")

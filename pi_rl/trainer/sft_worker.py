@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
@@ -113,10 +114,14 @@ class SftAccelerator(Accelerator):
     def autocast(self, *args: Any, **options: Any) -> Any:
         """Precision of a forward pass; before a resumed run's first, the generators are those of its checkpoint.
 
-        lerobot-train restores them too, but making the data loader's iterator then draws from them once more.
+        lerobot-train restores them too, but making the data loader's iterator then draws from them once more. The
+        checkpoint's are the first process's; the others begin anew there, as they did when it was written.
         """
-        if self._job.resume_from is not None and self._step == self._first:
+        first, every = self._step == self._first, self._job.save_every_steps
+        if first and self._job.resume_from is not None:
             load_rng_state(_training_state(self._job))
+        if first or (every > 0 and self._step % every == 0):
+            separate_generators(self._job.seed, self.process_index, self._step)
         return super().autocast(*args, **options)
 
     def backward(self, loss: Tensor, **options: Any) -> None:
@@ -170,6 +175,20 @@ def check_start_weights(policy: PreTrainedPolicy, folder: str | Path) -> None:
     missing = [name for name in state if name not in seen and not name.endswith(_HEAD)]  # the heads are unused
     if missing:
         raise RuntimeError(f"{file} has no '{missing[0]}' ({len(missing)} missing): that part would start at random.")
+
+
+def separate_generators(seed: int, rank: int, step: int) -> None:
+    """Gives every process but the first random numbers of its own.
+
+    lerobot-train seeds all processes alike: they would draw the same flow times and noise for their different samples.
+
+    Args:
+        seed: The run's seed.
+        rank: The process's number; 0 keeps its generators.
+        step: Optimiser steps so far, the same in all processes.
+    """
+    if rank > 0:
+        torch.manual_seed(int(np.random.SeedSequence([seed, rank, step]).generate_state(1)[0]))
 
 
 def keep_last_checkpoint(checkpoints: Path) -> None:

@@ -51,6 +51,10 @@ def test_published_numbers_are_taken_as_they_are_and_guarded():
         ({"episodes": []}, "at least one"),
         ({"num_episodes": 42}, "42 episodes of 5 tasks were asked for, and the dataset has 41"),
         ({"episodes_per_task": 2}, r"'rare' has 1"),
+        (
+            {"only_tasks": ["rare"], "except_tasks": ["rare"]},
+            r"only_tasks=\['rare'\] and except_tasks=\['rare'\] leave no",
+        ),
         ({"only_tasks": ["task4"]}, "No episode shows the task 'task4'; the nearest: task"),
     ],
 )
