@@ -122,6 +122,15 @@ def recipe_main(
     except RecipeError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         raise SystemExit(2) from None
+    _leave_process_group()
+
+
+def _leave_process_group() -> None:
+    """Ends a distributed run; the group's threads must not outlive the interpreter, which would abort."""
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def run_recipe(
