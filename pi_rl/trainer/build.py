@@ -7,6 +7,7 @@ import torch
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import DeviceProcessorStep, PolicyProcessorPipeline
 from peft import LoraConfig
+from torch import nn
 
 from pi_rl.flow.noise_network import NoiseNetwork
 from pi_rl.policies.actor_critic import FlowActorCritic
@@ -79,6 +80,7 @@ def build_actor_critic(
     """
     policy = wrap_policy(loaded.policy)
     policy.freeze_vlm()
+    disable_dropout(policy)
     if not isinstance(policy, PiFlowPolicy):
         for name, value in (("peft_config", peft_config), ("vlm_dtype", args.vlm_dtype)):
             if value is not None:
@@ -97,3 +99,13 @@ def build_actor_critic(
     if args.noise == "flow_noise":
         noise_network = NoiseNetwork(policy.feature_dim, policy.max_action_dim, args.noise_std_min, args.noise_std_max)
     return FlowActorCritic(policy, critic, noise_network, args.sampler())
+
+
+def disable_dropout(module: nn.Module) -> None:
+    """Switches dropout off everywhere: its masks would make the probability ratio random (paper, appendix C.1)."""
+    for part in module.modules():
+        if isinstance(part, nn.modules.dropout._DropoutNd):
+            part.p = 0.0
+        for name in ("attention_dropout", "dropout"):  # rates that attention layers keep as numbers
+            if isinstance(getattr(part, name, None), float):
+                setattr(part, name, 0.0)

@@ -273,3 +273,16 @@ def test_what_was_trained_in_float32_is_exported_in_float32(small_policy_folders
     assert loaded
     for name, value in trainer._loaded.policy.state_dict().items():
         assert torch.equal(loaded[name], value.float()), name
+
+
+def test_dropout_is_off(small_policy, metaworld_env, tmp_path):
+    """Dropout in the update would multiply the ratio by the noise of its masks."""
+    loaded = small_policy()
+    layers = loaded.policy.model.paligemma_with_expert.gemma_expert.model.layers
+    for layer in layers:
+        layer.self_attn.attention_dropout = 0.5
+    layers[0].mlp.act_fn = torch.nn.Sequential(layers[0].mlp.act_fn, torch.nn.Dropout(0.5))
+    trainer = FlowPPOTrainer(loaded, config(tmp_path, num_iterations=1), metaworld_env(max_episode_steps=15))
+    trainer.train()
+    (entry,) = (entry for entry in trainer.state.log_history if "loss" in entry)
+    assert entry["policy/ratio_error_first"] < 1e-4
