@@ -1,7 +1,7 @@
 """Two tasks that show in seconds whether a policy learns; numpy only, all environments at once.
 
 identity    one step: the action should equal the target that the state shows
-point-mass  a mass in a box is pushed by forces, and should come near a goal in time
+point-mass  a mass is pushed by forces, and should come near a goal in time
 """
 
 from collections.abc import Sequence
