@@ -67,6 +67,7 @@ def collect_demonstrations(
     seed: int = 0,
     min_length: int = 2,
     max_steps: int | None = None,
+    trailing_steps: int = 0,
     max_tries: int | None = None,
     progress: ProgressFn | None = None,
 ) -> DemonstrationSummary:
@@ -77,8 +78,8 @@ def collect_demonstrations(
     come from the training range, so that no evaluation state is demonstrated.
 
     Args:
-        env: Environment with scripted experts (``rollout_experts``) and one camera; its running episodes stay as
-            they are.
+        env: Environment with scripted experts (``rollout_experts``) and cameras; its running episodes stay as they
+            are.
         episodes_per_task: Successful episodes to keep of each task, positive.
         output_dir: New folder of the dataset; it appears only when complete.
         repo_id: Name recorded in the dataset, for example ``"local/metaworld"``.
@@ -89,6 +90,7 @@ def collect_demonstrations(
         seed: Seed of states and noise.
         min_length: Shorter successes are not kept.
         max_steps: Steps after which an attempt is given up; the environment's limit by default.
+        trailing_steps: Frames recorded after success, in which the expert goes on acting (the paper: 15 in ManiSkill).
         max_tries: Attempts per task after which collecting fails; by default 100 per wanted episode.
         progress: Called as ``progress(kept, wanted, text)``.
 
@@ -96,8 +98,7 @@ def collect_demonstrations(
         Counts, lengths and time.
 
     Raises:
-        ValueError: If a number does not fit, the folder exists, or the environment has no experts or not exactly one
-            camera.
+        ValueError: If a number does not fit, the folder exists, or the environment has no experts or no camera.
         RuntimeError: If a task needs more than ``max_tries`` attempts.
     """
     started = time.perf_counter()
@@ -118,6 +119,7 @@ def collect_demonstrations(
         "noise_window": noise_window,
         "max_speed": max_speed,
         "max_steps": env.spec.max_episode_steps if max_steps is None else max_steps,
+        "trailing_steps": trailing_steps,
     }
     output.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{output.name}.partial-", dir=output.parent))
@@ -213,9 +215,9 @@ def _dataset_writer(root: Path, repo_id: str, spec: EnvSpec) -> Iterator[Callabl
 def _open_dataset(root: Path, repo_id: str, spec: EnvSpec) -> Any:
     from lerobot.datasets import LeRobotDataset
 
-    camera, (height, width) = next(iter(spec.cameras.items()))
+    axes = ["height", "width", "channel"]
     features = {
-        camera: {"dtype": "image", "shape": (height, width, 3), "names": ["height", "width", "channel"]},
+        **{camera: {"dtype": "image", "shape": (*size, 3), "names": axes} for camera, size in spec.cameras.items()},
         STATE_KEY: _vector_feature("state", spec.state_dim),
         ACTION_KEY: _vector_feature("action", spec.action_dim),
     }
@@ -237,13 +239,13 @@ def _vector_feature(name: str, size: int) -> dict[str, Any]:
 
 def _add_episode(opened: "Future[Any]", spec: EnvSpec, episode: ExpertEpisode) -> None:
     dataset = opened.result()
-    camera = next(iter(spec.cameras))
     images = episode["images"]
     if images is None:
         raise RuntimeError("A successful episode came without images; the environment must render them.")
-    for image, state, action in zip(images, episode["states"], episode["actions"], strict=True):
-        task = spec.instructions[episode["task"]]
-        dataset.add_frame({camera: image, STATE_KEY: state, ACTION_KEY: action, "task": task})
+    task = spec.instruction(episode["task"], episode["state_id"])
+    for step, (state, action) in enumerate(zip(episode["states"], episode["actions"], strict=True)):
+        frame = {camera: images[camera][step] for camera in spec.cameras}
+        dataset.add_frame({**frame, STATE_KEY: state, ACTION_KEY: action, "task": task})
     with _no_progress_bars():
         dataset.save_episode()
 
@@ -269,9 +271,7 @@ def _check(spec: EnvSpec, output: Path, episodes_per_task: int, min_length: int)
             f"collect_demonstrations got episodes_per_task={episodes_per_task}, min_length={min_length}; "
             "both must be at least 1."
         )
-    if len(spec.cameras) != 1:
-        raise ValueError(
-            f"Scripted experts film one camera, but {spec.name} has {len(spec.cameras)}: {', '.join(spec.cameras)}."
-        )
+    if not spec.cameras:
+        raise ValueError(f"Demonstrations are images, states and actions, but {spec.name} has no camera.")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} already exists; give a new folder or remove the old one.")

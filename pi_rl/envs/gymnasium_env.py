@@ -158,7 +158,7 @@ class GymnasiumVectorEnv(InProcessVectorEnv):
     def _advance(self, slots: NDArray[np.int64], actions: NDArray[np.float32]) -> StepResult:
         outcomes = []
         for slot, action in zip(slots.tolist(), actions, strict=True):
-            env = self._envs[slot, int(self._tasks[slot])]
+            env = self._envs[slot, int(self._ids[slot, 0])]
             self.states[slot], reward, terminated, truncated, info = env.step(action.astype(env.action_space.dtype))
             success = bool(info.get("is_success", info.get("success", False)))
             outcomes.append((float(reward), bool(terminated), bool(truncated), success))

@@ -7,6 +7,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from pi_rl.envs.failures import FailureLog
 from pi_rl.envs.vector_env import (
     STATE_KEY,
     TASK_KEY,
@@ -63,10 +64,11 @@ class InProcessVectorEnv(VectorEnv):
         self.states = np.zeros((num_envs, spec.state_dim), np.float32)
         self._low = np.asarray(spec.action_low, np.float32)
         self._high = np.asarray(spec.action_high, np.float32)
-        self._tasks = np.zeros(num_envs, np.int64)
+        self._ids = np.zeros((num_envs, 2), np.int64)
         self._steps = np.zeros(num_envs, np.int64)
         self._running = np.zeros(num_envs, bool)
         self._solved = np.zeros(num_envs, bool)
+        self._failures = FailureLog(spec, num_envs)
         self._closed = False
 
     @abstractmethod
@@ -83,8 +85,8 @@ class InProcessVectorEnv(VectorEnv):
     def reset(self, ids: ResetIds, indices: Sequence[int] | NDArray[np.int64] | None = None) -> Observation:
         """Starts episodes; see `VectorEnv.reset`."""
         self._check_open()
-        array, slots = check_reset(ids, indices, self.num_envs, self.spec.tasks)
-        self._tasks[slots] = array[:, 0]
+        array, slots = check_reset(ids, indices, self.num_envs, self.spec)
+        self._ids[slots] = array
         self._steps[slots] = 0
         self._running[slots], self._solved[slots] = True, False
         self._start(slots, array[:, 0], array[:, 1])
@@ -99,23 +101,28 @@ class InProcessVectorEnv(VectorEnv):
         checked = check_actions(actions, going, self.spec.action_dim, self.spec.max_episode_steps)
         taken = np.zeros(self.num_envs, np.int64)
         rewards = np.zeros(checked.shape[:2], np.float32)
-        terminated, truncated, success = (np.zeros(self.num_envs, bool) for _ in range(3))
+        terminated, truncated, success, failed = (np.zeros(self.num_envs, bool) for _ in range(4))
         for step in range(checked.shape[1]):
             slots = np.flatnonzero(going)
             if len(slots) == 0:
                 break
             result = self._advance(slots, np.clip(checked[slots, step], self._low, self._high))
-            rewards[slots, step] = result.rewards
+            broken = ~(np.isfinite(self.states[slots]).all(1) & np.isfinite(result.rewards))
+            rewards[slots, step] = np.where(broken, 0.0, result.rewards)
             taken[slots] += 1
             self._steps[slots] += 1
-            self._solved[slots] |= result.success
-            success[slots] = self._solved[slots]
+            self._solved[slots] |= result.success & ~broken
+            success[slots] = self._solved[slots] & ~broken
             cut = result.truncated | (self._steps[slots] >= self.spec.max_episode_steps)
-            terminated[slots] = result.terminated
-            truncated[slots] = cut & ~result.terminated
-            going[slots] = ~(result.terminated | cut)
-        self._running &= ~(terminated | truncated)
-        return ChunkResult(self._observation(), rewards, terminated, truncated, success, taken)
+            failed[slots] = broken
+            terminated[slots] = result.terminated & ~broken
+            truncated[slots] = cut & ~result.terminated & ~broken
+            going[slots] = ~(result.terminated | cut | broken)
+        self.states[failed] = 0.0
+        self._running &= ~(terminated | truncated | failed)
+        problems = dict.fromkeys(np.flatnonzero(failed).tolist(), "its state or reward is not a finite number")
+        self._failures.note(problems, self._ids, terminated | truncated)
+        return ChunkResult(self._observation(), rewards, terminated, truncated, success, taken, failed)
 
     def render(
         self, indices: Sequence[int] | NDArray[np.int64], height: int, width: int, *, show_arm: bool = True
@@ -136,7 +143,7 @@ class InProcessVectorEnv(VectorEnv):
     def _observation(self) -> Observation:
         return {
             STATE_KEY: self.states.copy(),
-            TASK_KEY: [self.spec.instructions[task] for task in self._tasks],
+            TASK_KEY: [self.spec.instruction(task, state_id) for task, state_id in self._ids.tolist()],
         }
 
     def _check_open(self) -> None:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from pi_rl.envs.metaworld_options import STATE_DIM, MetaWorldOptions
 from pi_rl.envs.renderer import CameraRenderer
 from pi_rl.envs.rewards import TaskReward
+from pi_rl.envs.simulator import Images
+from pi_rl.envs.vector_env import IMAGE_KEY
 
 MID_GREY = 127
 LEROBOT_CORNER2 = (0.75, 0.075, 0.7)
@@ -292,15 +294,18 @@ class MetaWorldSim:
         """LeRobot's `observation.state`, float32 (4,): hand x, y, z in metres and gripper opening in [0, 1]."""
         return self.raw_obs[:STATE_DIM].astype(np.float32)
 
-    def draw(self, out: NDArray[np.uint8]) -> None:
-        """Writes the policy's image, uint8 (height, width, 3), into `out`."""
-        options = self._scene.options
+    def draw(self, images: Images) -> None:
+        """Writes the policy's image, uint8 (height, width, 3)."""
+        out, options = images[IMAGE_KEY], self._scene.options
         if options.blind:
             out[...] = MID_GREY
             return
         height, width = options.size
         renderer = self._scene.renderer(height, width, fast=options.fast_rendering, hide_arm=options.hide_arm)
         renderer.render(self.data, out)
+
+    def close(self) -> None:
+        """Does nothing yet: model and renderers belong to the task's scene."""
 
     def frame(self, height: int, width: int, *, show_arm: bool) -> NDArray[np.uint8]:
         """Draws a frame for a video, full quality, also when the policy is blind.
@@ -344,6 +349,8 @@ def expert_action(sim: MetaWorldSim) -> NDArray[np.float32]:
 
 class MetaWorldBackend:
     """All tasks of a vector environment inside one worker process: makes simulators, owns their renderers."""
+
+    max_idle = 64
 
     def __init__(self, tasks: Sequence[str], options: Mapping[str, Any]):
         """Prepares; models are compiled at their first use.

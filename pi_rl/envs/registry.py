@@ -76,8 +76,8 @@ def make_env(name: str, num_envs: int, num_workers: int | None = None, **options
 
     Args:
         name: "SIMULATOR:TASK" or "SIMULATOR:TASK,TASK,…", such as "metaworld:reach-v3", "gymnasium:Pendulum-v1" or
-            "toy:identity"; "metaworld:mt50" is all of MetaWorld's 50 tasks. Which of the tasks an environment runs is
-            decided by the ids it is reset to.
+            "toy:identity"; "metaworld:mt50" (or, as LeRobot writes such names, "metaworld_mt50") is all of MetaWorld's
+            50 tasks. Which of the tasks an environment runs is decided by the ids it is reset to.
         num_envs: Number B of environments, at least 1.
         num_workers: At most so many worker processes; None means one per core. Never more than `num_envs`, and none
             for gymnasium and toy environments, which are cheaper to step than to talk to.
@@ -153,6 +153,9 @@ def parse_name(name: str) -> tuple[str, tuple[str, ...]]:
         ValueError: Unknown simulator or task, no task, or a task named twice.
     """
     simulator, colon, listed = name.partition(":")
+    prefix, _, group = name.partition("_")
+    if not colon and prefix in SIMULATORS and group in SIMULATORS[prefix].groups():
+        return prefix, SIMULATORS[prefix].groups()[group]
     if not colon:
         owners = [key for key, entry in SIMULATORS.items() if name in (*entry.list_tasks(), *entry.groups())]
         hint = f"; did you mean '{owners[0]}:{name}'?" if owners else ""

@@ -19,6 +19,9 @@ class Sim(Protocol):
     Attributes:
         steps: Steps since the reset.
         reward: Of the last step; see `pi_rl.envs.rewards.TaskReward`.
+
+    A simulator whose episodes can end without being solved has, besides, an attribute `over: bool`: no step of this
+    episode follows.
     """
 
     steps: int
@@ -28,7 +31,7 @@ class Sim(Protocol):
         """Starts the episode `state_id`, at least 0."""
 
     def step(self, action: NDArray[np.float32]) -> bool:
-        """Executes one action (A,), clipped to the bounds; returns whether the task is solved, which ends the episode."""
+        """Executes one action (A,), clipped to the bounds; returns whether the task is solved: the episode's end."""
         ...
 
     @property

@@ -1,8 +1,8 @@
 """The interface between policies and simulators: reset by id, step a chunk of actions, keep the two endings apart."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self, TypedDict
 
 import numpy as np
@@ -37,6 +37,10 @@ class EnvSpec:
         fps: Control steps per second of simulated time.
         action_low: A lower bounds; actions are clipped to them.
         action_high: A upper bounds.
+        eval_states: Evaluation states of each task: state ids in [0, eval_states).
+        task_groups: Names of groups of tasks that results are also averaged over, such as "easy".
+        subtasks: Subtasks that an episode consists of; where there are several, each solved one pays a reward of 1.
+        instruction_of: (task index, state id, subtasks solved) to the instruction, where it is more than the task's.
     """
 
     name: str
@@ -49,6 +53,22 @@ class EnvSpec:
     fps: int
     action_low: tuple[float, ...]
     action_high: tuple[float, ...]
+    eval_states: int = EVAL_STATES
+    task_groups: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    subtasks: int = 1
+    instruction_of: Callable[[int, int, int], str] | None = None
+
+    def instruction(self, task: int, state_id: int, solved: int = 0) -> str:
+        """Returns what a policy is told.
+
+        Args:
+            task: Index into `tasks`.
+            state_id: Initial state of the episode.
+            solved: Subtasks of the episode that are solved already.
+        """
+        if self.instruction_of is None:
+            return self.instructions[task]
+        return self.instruction_of(task, state_id, solved)
 
 
 @dataclass
@@ -57,13 +77,16 @@ class ChunkResult:
 
     Attributes:
         observation: Of all environments after the chunk. The images of terminated environments and all rows of
-            inactive ones are stale and must not be used. Truncated rows hold the episode's true final observation.
+            inactive and failed ones are stale and must not be used. Truncated rows hold the episode's true final
+            observation.
         rewards: float32 (B, C), one per simulator step; 0 after the end of an episode and for inactive environments.
         terminated: bool (B,), the episode ended by itself (no bootstrapping): the task was solved or, in simulators
             that know failure, cannot be solved any more. Which of the two it was is in `success` alone.
         truncated: bool (B,), the episode was cut, as a rule by the time limit (bootstrap from the observation).
         success: bool (B,), the task was solved in this chunk or, where that does not end an episode, earlier in it.
         steps: int64 (B,), simulated steps, at most C; 0 for inactive environments.
+        failed: bool (B,), the simulator broke down in this chunk (it raised, or returned NaN). The episode is over
+            without an ending; nothing of this chunk may be used. The environment can be reset.
     """
 
     observation: Observation
@@ -72,11 +95,12 @@ class ChunkResult:
     truncated: NDArray[np.bool_]
     success: NDArray[np.bool_]
     steps: NDArray[np.int64]
+    failed: NDArray[np.bool_]
 
     @property
     def done(self) -> NDArray[np.bool_]:
-        """Whether each episode ended, either way: bool (B,)."""
-        return self.terminated | self.truncated
+        """Whether each episode is over, whichever way: bool (B,)."""
+        return self.terminated | self.truncated | self.failed
 
 
 @dataclass(frozen=True)
@@ -97,6 +121,7 @@ class ExpertRequest:
         noise_seed: Seed of the noise.
         max_speed: Largest component of the expert's own action, in (0, 1].
         max_steps: Steps after which the attempt is given up.
+        trailing_steps: Steps recorded after success, in which the expert goes on acting (it should hold still).
         frames: Whether images are rendered, by replaying a successful episode.
     """
 
@@ -108,6 +133,7 @@ class ExpertRequest:
     noise_seed: int = 0
     max_speed: float = 1.0
     max_steps: int = 150
+    trailing_steps: int = 0
     frames: bool = True
 
     def __post_init__(self) -> None:
@@ -126,6 +152,8 @@ class ExpertRequest:
             raise ValueError(f"noise_seed must be at least 0, got {self.noise_seed}")
         if self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
+        if self.trailing_steps < 0:
+            raise ValueError(f"trailing_steps must be at least 0, got {self.trailing_steps}")
 
 
 class ExpertEpisode(TypedDict):
@@ -139,7 +167,7 @@ class ExpertEpisode(TypedDict):
     success: bool
     actions: NDArray[np.float32]  # (n, A)
     states: NDArray[np.float32]  # (n, state_dim)
-    images: NDArray[np.uint8] | None  # (n, H, W, 3)
+    images: dict[str, NDArray[np.uint8]] | None  # camera key to (n, H, W, 3)
 
 
 class VectorEnv(ABC):
@@ -213,14 +241,14 @@ class VectorEnv(ABC):
         self.close()
 
 
-def check_reset(ids: Any, indices: Any, num_envs: int, tasks: Sequence[str]) -> tuple[ResetIds, NDArray[np.int64]]:
+def check_reset(ids: Any, indices: Any, num_envs: int, spec: EnvSpec) -> tuple[ResetIds, NDArray[np.int64]]:
     """Checks the arguments of `VectorEnv.reset`.
 
     Args:
         ids: What should be (n, 2) integers.
         indices: What should be n distinct environment indices, or None.
         num_envs: B.
-        tasks: Task names, for the message.
+        spec: Knows the tasks and how many evaluation states they have.
 
     Returns:
         ids as int64 (n, 2) and indices as int64 (n,).
@@ -236,6 +264,7 @@ def check_reset(ids: Any, indices: Any, num_envs: int, tasks: Sequence[str]) -> 
             f"got {array.dtype} of shape {array.shape}"
         )
     array = array.astype(np.int64)
+    tasks = spec.tasks
     bad_task = (array[:, 0] < 0) | (array[:, 0] >= len(tasks))
     if bad_task.any():
         row = int(bad_task.argmax())
@@ -246,6 +275,13 @@ def check_reset(ids: Any, indices: Any, num_envs: int, tasks: Sequence[str]) -> 
     if (array[:, 1] < 0).any():
         row = int((array[:, 1] < 0).argmax())
         raise ValueError(f"state id {array[row, 1]} (row {row}) is negative; state ids start at 0")
+    unknown = (array[:, 1] >= spec.eval_states) & (array[:, 1] < TRAIN_STATE_OFFSET)
+    if unknown.any():
+        row = int(unknown.argmax())
+        raise ValueError(
+            f"state id {array[row, 1]} (row {row}) does not exist: {spec.name} has the evaluation states 0 to "
+            f"{spec.eval_states - 1}, and training states from {TRAIN_STATE_OFFSET} up"
+        )
     return array, slots
 
 

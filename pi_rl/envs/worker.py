@@ -13,8 +13,7 @@ import sys
 import time
 import traceback
 import warnings
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any
@@ -22,6 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pi_rl.envs.simulator import Backend, Images, Sim
 from pi_rl.envs.vector_env import ExpertEpisode, ExpertRequest
 
 BACKENDS = {"metaworld": "pi_rl.envs.metaworld:MetaWorldBackend"}
@@ -38,16 +38,14 @@ class Layout:
         max_chunk: Largest number of actions in a chunk.
         action_dim: A.
         state_dim: Size of the state.
-        height: Image height in pixels.
-        width: Image width in pixels.
+        cameras: Camera key to image (height, width) in pixels.
     """
 
     num_envs: int
     max_chunk: int
     action_dim: int
     state_dim: int
-    height: int
-    width: int
+    cameras: Mapping[str, tuple[int, int]]
 
     def fields(self) -> dict[str, tuple[tuple[int, ...], type]]:
         """Returns shape and dtype of each shared array; the first axis is always the environment."""
@@ -59,9 +57,11 @@ class Layout:
             "rewards": ((envs, self.max_chunk), np.float32),
             "terminated": ((envs,), np.bool_),
             "truncated": ((envs,), np.bool_),
+            "success": ((envs,), np.bool_),
+            "failed": ((envs,), np.bool_),
             "steps": ((envs,), np.int64),
             "states": ((envs, self.state_dim), np.float32),
-            "images": ((envs, self.height, self.width, 3), np.uint8),
+            **{camera: ((envs, height, width, 3), np.uint8) for camera, (height, width) in self.cameras.items()},
         }
 
     def _offsets(self) -> tuple[dict[str, int], int]:
@@ -88,20 +88,22 @@ class Layout:
 class Worker:
     """Simulators of one process: some of the environments, and one per task for scripted experts."""
 
-    def __init__(self, backend: Any, arrays: dict[str, NDArray[Any]], max_episode_steps: int):
+    def __init__(self, backend: Backend, layout: Layout, arrays: dict[str, NDArray[Any]], max_episode_steps: int):
         """Starts without simulators; resets make them.
 
         Args:
-            backend: Makes simulators; see `MetaWorldBackend`.
-            arrays: Shared arrays of `Layout`.
+            backend: Makes simulators.
+            layout: Sizes of the arrays.
+            arrays: Shared arrays of the layout.
             max_episode_steps: Steps after which an episode is truncated.
         """
         self._backend = backend
+        self._cameras = layout.cameras
         self._arrays = arrays
         self._max_episode_steps = max_episode_steps
-        self._slots: dict[int, tuple[int, Any]] = {}  # environment -> task index, simulator
-        self._idle: dict[int, list[Any]] = defaultdict(list)
-        self._experts: dict[int, Any] = {}
+        self._slots: dict[int, tuple[int, Sim]] = {}  # environment -> task index, simulator
+        self._idle: list[tuple[int, Sim]] = []  # task index, simulator; the least recently used first
+        self._experts: dict[int, Sim] = {}
         self._made = 0
         self.commands: dict[str, Callable[..., Any]] = {
             "reset": self.reset,
@@ -111,18 +113,27 @@ class Worker:
             "report": self.report,
         }
 
-    def _simulator(self, slot: int, task: int) -> Any:
+    def _simulator(self, slot: int, task: int) -> Sim:
         """The environment's simulator if it is of that task, else an idle or a new one."""
         current = self._slots.get(slot)
         if current is not None and current[0] == task:
             return current[1]
         if current is not None:
-            self._idle[current[0]].append(current[1])
-        sim = self._idle[task].pop() if self._idle[task] else self._make(task)
+            self._idle.append(self._slots.pop(slot))
+        sim = self._take_idle(task) or self._make(task)
         self._slots[slot] = (task, sim)
+        while len(self._idle) > self._backend.max_idle:
+            self._idle.pop(0)[1].close()
         return sim
 
-    def _make(self, task: int) -> Any:
+    def _take_idle(self, task: int) -> Sim | None:
+        for position, (of_task, sim) in enumerate(self._idle):
+            if of_task == task:
+                del self._idle[position]
+                return sim
+        return None
+
+    def _make(self, task: int) -> Sim:
         self._made += 1
         return self._backend.make(task)
 
@@ -130,35 +141,82 @@ class Worker:
         """Resets environments to the shared `reset_ids` and writes their first observations."""
         for slot in slots:
             task, state_id = (int(number) for number in self._arrays["reset_ids"][slot])
-            sim = self._simulator(slot, task)
-            sim.reset(state_id)
-            self._observe(slot, sim)
+            try:
+                self._start(slot, task, state_id)
+            except (ValueError, FileNotFoundError):
+                raise  # what was asked for cannot be had, with another simulator neither
+            except Exception:  # the last episode may have broken the simulator
+                traceback.print_exc()
+                self._close(self._slots.pop(slot, (task, None))[1])
+                self._start(slot, task, state_id)
 
-    def _observe(self, slot: int, sim: Any) -> None:
-        self._arrays["states"][slot] = sim.state
-        sim.draw(self._arrays["images"][slot])
+    def _start(self, slot: int, task: int, state_id: int) -> None:
+        sim = self._simulator(slot, task)
+        sim.reset(state_id)
+        self._observe(slot, sim)
 
-    def step_chunk(self, slots: list[int], chunk: int) -> None:
-        """Executes the first `chunk` shared actions of the active environments among `slots`."""
+    def _observe(self, slot: int, sim: Sim, *, draw: bool = True) -> None:
+        state = sim.state
+        if not np.isfinite(state).all():
+            raise FloatingPointError(f"the state is not finite: {state.tolist()}")
+        self._arrays["states"][slot] = state
+        if draw:
+            sim.draw({camera: self._arrays[camera][slot] for camera in self._cameras})
+
+    def step_chunk(self, slots: list[int], chunk: int) -> dict[int, str]:
+        """Executes the first `chunk` shared actions of the active environments among `slots`.
+
+        Returns:
+            What went wrong, by environment. Its simulator is given up: the next reset makes another.
+        """
+        problems: dict[int, str] = {}
         arrays = self._arrays
         for slot in slots:
-            rewards = arrays["rewards"][slot]
-            rewards[:chunk] = 0.0
-            solved, steps = False, 0
+            arrays["rewards"][slot, :chunk] = 0.0
+            for flag in ("terminated", "truncated", "success", "failed"):
+                arrays[flag][slot] = False
+            arrays["steps"][slot] = 0
             if arrays["active"][slot]:
-                sim = self._slots[slot][1]
-                while steps < chunk and not solved and sim.steps < self._max_episode_steps:
-                    solved = sim.step(arrays["actions"][slot, steps])
-                    rewards[steps] = sim.reward
-                    steps += 1
-                arrays["truncated"][slot] = not solved and sim.steps >= self._max_episode_steps
-                arrays["states"][slot] = sim.state
-                if not solved:  # nobody needs the image of a finished task, and images cost most
-                    sim.draw(arrays["images"][slot])
-            else:
-                arrays["truncated"][slot] = False
-            arrays["terminated"][slot] = solved
-            arrays["steps"][slot] = steps
+                try:
+                    self._step_environment(slot, chunk)
+                except Exception as error:  # one simulator must not take the others with it; the parent is told
+                    traceback.print_exc()
+                    problems[slot] = f"{type(error).__name__}: {error}"
+                    self._give_up(slot)
+        return problems
+
+    def _step_environment(self, slot: int, chunk: int) -> None:
+        """Executes a chunk in one environment, up to the end of its episode."""
+        arrays, sim = self._arrays, self._slots[slot][1]
+        solved = over = False
+        steps = 0
+        while steps < chunk and not over and sim.steps < self._max_episode_steps:
+            solved = sim.step(arrays["actions"][slot, steps])
+            over = solved or getattr(sim, "over", False)
+            if not np.isfinite(sim.reward):
+                raise FloatingPointError(f"the reward of step {sim.steps} is {sim.reward}")
+            arrays["rewards"][slot, steps] = sim.reward
+            steps += 1
+        arrays["steps"][slot] = steps
+        arrays["terminated"][slot], arrays["success"][slot] = over, solved
+        arrays["truncated"][slot] = not over and sim.steps >= self._max_episode_steps
+        self._observe(slot, sim, draw=not over)  # nobody needs the image of a finished task, and images cost most
+
+    def _give_up(self, slot: int) -> None:
+        arrays = self._arrays
+        arrays["rewards"][slot] = 0.0
+        for flag in ("terminated", "truncated", "success"):
+            arrays[flag][slot] = False
+        arrays["failed"][slot] = True
+        self._close(self._slots.pop(slot)[1])
+
+    def _close(self, sim: Sim | None) -> None:
+        """Closes a simulator that may be broken: what closing it raises tells nothing more."""
+        try:
+            if sim is not None:
+                sim.close()
+        except Exception:
+            traceback.print_exc()
 
     def render(self, slots: list[int], height: int, width: int, show_arm: bool) -> list[NDArray[np.uint8]]:
         """Draws video frames of environments that were reset before."""
@@ -177,14 +235,17 @@ class Worker:
         noise = _expert_noise(request)
         actions: list[NDArray[np.float32]] = []
         states: list[NDArray[np.float32]] = []
-        success = False
+        success, trailing = False, 0
         sim.reset(request.state_id)
-        while len(actions) < request.max_steps and not success:
+        while trailing < request.trailing_steps if success else len(actions) < request.max_steps:
             action = np.clip(self._backend.expert_action(sim), -request.max_speed, request.max_speed)
-            action[:3] = np.clip(action[:3] + next(noise), -1.0, 1.0)
+            if success:
+                trailing += 1
+            else:
+                action[:3] = np.clip(action[:3] + next(noise), -1.0, 1.0)
             states.append(sim.state)
             actions.append(action)
-            success = sim.step(action)
+            success = sim.step(action) or success
         images = self._replay(sim, request.state_id, actions) if success and request.frames else None
         return ExpertEpisode(
             task=task,
@@ -195,14 +256,18 @@ class Worker:
             images=images,
         )
 
-    def _replay(self, sim: Any, state_id: int, actions: list[NDArray[np.float32]]) -> NDArray[np.uint8]:
-        """Images before each action, uint8 (n, H, W, 3)."""
-        images = np.empty((len(actions), *self._arrays["images"].shape[1:]), np.uint8)
+    def _replay(self, sim: Sim, state_id: int, actions: list[NDArray[np.float32]]) -> dict[str, NDArray[np.uint8]]:
+        """Images before each action, by camera uint8 (n, H, W, 3)."""
+        images: dict[str, NDArray[np.uint8]] = {
+            camera: np.empty((len(actions), height, width, 3), np.uint8)
+            for camera, (height, width) in self._cameras.items()
+        }
         sim.reset(state_id)
         success = False
-        for image, action in zip(images, actions, strict=True):
-            sim.draw(image)
-            success = sim.step(action)
+        for step, action in enumerate(actions):
+            frame: Images = {camera: drawn[step] for camera, drawn in images.items()}
+            sim.draw(frame)
+            success = sim.step(action) or success
         if not success:
             raise RuntimeError(
                 f"the replay of state {state_id} did not repeat the episode: the simulator is not deterministic"
@@ -242,7 +307,8 @@ def serve(connection: Connection, memory: mmap.mmap) -> None:
     config = connection.recv()
     module, _, name = BACKENDS[config["simulator"]].partition(":")
     backend = getattr(importlib.import_module(module), name)(config["tasks"], config["options"])
-    worker = Worker(backend, Layout(**config["layout"]).arrays(memory), config["max_episode_steps"])
+    layout = Layout(**config["layout"])
+    worker = Worker(backend, layout, layout.arrays(memory), config["max_episode_steps"])
     try:
         connection.send(("ok", None))
         _answer(connection, worker, parent)

@@ -17,6 +17,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pi_rl.envs.failures import FailureLog
 from pi_rl.envs.renderer import child_environment, choose_renderer
 from pi_rl.envs.vector_env import (
     STATE_KEY,
@@ -85,15 +86,17 @@ class WorkerVectorEnv(VectorEnv):
         options: Mapping[str, Any],
         num_envs: int,
         num_workers: int | None = None,
+        python: str = sys.executable,
     ):
         """Starts the worker processes.
 
         Args:
-            spec: Description of the environment; exactly one camera.
+            spec: Description of the environment.
             simulator: Key of `pi_rl.envs.worker.BACKENDS`.
             options: Plain values for the simulator's backend.
             num_envs: B, at least 1.
             num_workers: Processes; None means one per core. More than `num_envs` are never started.
+            python: Interpreter of the workers, where a simulator needs another one; pi_rl itself needs numpy there.
 
         Raises:
             ValueError: A count below 1.
@@ -106,15 +109,16 @@ class WorkerVectorEnv(VectorEnv):
         self.spec = spec
         self.num_envs = num_envs
         self.num_workers = default_num_workers(num_envs) if num_workers is None else min(num_workers, num_envs)
-        [(self._camera, (height, width))] = spec.cameras.items()
-        layout = Layout(num_envs, spec.max_episode_steps, spec.action_dim, spec.state_dim, height, width)
+        layout = Layout(num_envs, spec.max_episode_steps, spec.action_dim, spec.state_dim, dict(spec.cameras))
         environment = child_environment(choose_renderer())
         with _anonymous_file(layout.nbytes()) as file:
             self._arrays = layout.arrays(mmap.mmap(file.fileno(), 0))
-            self._workers = [_start_worker(i, file.fileno(), environment) for i in range(self.num_workers)]
+            self._workers = [_start_worker(i, python, file.fileno(), environment) for i in range(self.num_workers)]
         self._finalizer = weakref.finalize(self, _stop_workers, self._workers, os.getpid())
         self._slots = [list(range(i, num_envs, self.num_workers)) for i in range(self.num_workers)]
-        self._tasks = np.zeros(num_envs, np.int64)
+        self._ids = np.zeros((num_envs, 2), np.int64)
+        self._paid = np.zeros(num_envs)  # rewards of the running episode
+        self._failures = FailureLog(spec, num_envs)
         self._ever_reset = np.zeros(num_envs, bool)
         self._running = np.zeros(num_envs, bool)
         self._started = False
@@ -136,11 +140,11 @@ class WorkerVectorEnv(VectorEnv):
 
     def reset(self, ids: ResetIds, indices: Sequence[int] | NDArray[np.int64] | None = None) -> Observation:
         """Starts episodes; see `VectorEnv.reset`."""
-        array, slots = check_reset(ids, indices, self.num_envs, self.spec.tasks)
+        array, slots = check_reset(ids, indices, self.num_envs, self.spec)
         self._arrays["reset_ids"][slots] = array
         chosen = set(slots.tolist())
         self._command("reset", [([slot for slot in mine if slot in chosen],) for mine in self._slots])
-        self._tasks[slots] = array[:, 0]
+        self._ids[slots], self._paid[slots] = array, 0.0
         self._running[slots] = self._ever_reset[slots] = True
         return self._observation()
 
@@ -154,23 +158,25 @@ class WorkerVectorEnv(VectorEnv):
         shared = self._arrays
         shared["actions"][:, :chunk] = checked
         shared["active"][:] = mask
-        self._command("step_chunk", [(mine, chunk) for mine in self._slots])
-        terminated, truncated = shared["terminated"].copy(), shared["truncated"].copy()
-        self._running &= ~(terminated | truncated)
-        return ChunkResult(
+        answers = self._command("step_chunk", [(mine, chunk) for mine in self._slots])
+        self._paid += shared["rewards"][:, :chunk].sum(1)
+        result = ChunkResult(
             observation=self._observation(),
             rewards=shared["rewards"][:, :chunk].copy(),
-            terminated=terminated,
-            truncated=truncated,
-            success=terminated.copy(),
-            steps=shared["steps"].copy(),
+            **{name: shared[name].copy() for name in ("terminated", "truncated", "success", "steps", "failed")},
         )
+        self._running &= ~result.done
+        problems = {slot: problem for answer in answers for slot, problem in answer.items()}
+        self._failures.note(problems, self._ids, result.terminated | result.truncated)
+        return result
 
     def _observation(self) -> Observation:
+        subtasks = self._paid.round().astype(int).tolist() if self.spec.subtasks > 1 else [0] * self.num_envs
+        told = zip(self._ids.tolist(), subtasks, strict=True)
         return {
-            self._camera: self._arrays["images"].copy(),
+            **{camera: self._arrays[camera].copy() for camera in self.spec.cameras},
             STATE_KEY: self._arrays["states"].copy(),
-            TASK_KEY: [self.spec.instructions[task] for task in self._tasks],
+            TASK_KEY: [self.spec.instruction(task, state_id, solved) for (task, state_id), solved in told],
         }
 
     def render(
@@ -332,12 +338,12 @@ def _anonymous_file(size: int) -> IO[bytes]:
     return file
 
 
-def _start_worker(index: int, memory_fd: int, environment: dict[str, str]) -> _Process:
+def _start_worker(index: int, python: str, memory_fd: int, environment: dict[str, str]) -> _Process:
     ours, theirs = socket.socketpair()
     with theirs:
         stderr = tempfile.TemporaryFile()
         popen = subprocess.Popen(
-            [sys.executable, "-P", "-m", "pi_rl.envs.worker", str(theirs.fileno()), str(memory_fd)],
+            [python, "-P", "-m", "pi_rl.envs.worker", str(theirs.fileno()), str(memory_fd)],
             pass_fds=(theirs.fileno(), memory_fd),
             stdin=subprocess.DEVNULL,
             stdout=stderr,
