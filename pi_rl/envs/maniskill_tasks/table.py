@@ -1,0 +1,94 @@
+"""The ManiSkill tasks that can be named, and what each of them is; imports no simulator."""
+
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pi_rl.envs.vector_env import EVAL_STATES
+
+
+@dataclass(frozen=True, kw_only=True)
+class ManiSkillTask:
+    """One task.
+
+    An episode is `env.reset(seed=state_id, options={"episode_id": state_id})`, both as one number per environment.
+    What is solved is `evaluate()["success"]`. Functions and classes are named as "module:name" and imported in the
+    process that simulates.
+
+    Attributes:
+        env_id: Name of the Gymnasium registration.
+        instruction: What the policy is told.
+        instruction_of: State id to the instruction, where it depends on the episode; must be pure and quick.
+        module: Module whose import registers the environment; None where ManiSkill does.
+        kwargs: More arguments of `gym.make`.
+        control_mode: Controller of the robot.
+        action_low: Lower bounds of an action.
+        action_high: Upper bounds.
+        state: "module:function" from the (unwrapped) environment to `observation.state`, torch float32 (B, state_dim).
+        state_dim: Size of the state.
+        camera: Name of the sensor that is the policy's camera.
+        size: Its native (height, width) in pixels.
+        resampled: An image of another size is rendered at the native size and scaled, as it must be where a photograph
+            is laid under it; otherwise the camera renders that size itself.
+        obs_mode: ManiSkill's observation mode in which the camera's image is complete.
+        video_camera: ManiSkill's camera for videos; None for the policy's own.
+        max_episode_steps: Time limit, unless the options give another.
+        fps: Control steps per second.
+        eval_states: Evaluation states, ids [0, eval_states).
+        groups: Names of the groups it belongs to, such as "simpler".
+        attached: Key of `evaluate()` that tells whether an object is attached to the gripper; None where nothing is
+            taken up, and the structured reward does not exist.
+        variant: State id to what the scene is built from; where that changes from one episode to the next the scene is
+            rebuilt. None where all episodes share one scene.
+        assets: Files that must exist, relative to the folder of assets.
+        assets_source: Where they come from: a command, or a sentence.
+        expert: "module:name" of a class whose instances, made from the simulator's environment after each reset, return
+            the next action when called: float32 (A,). None where there is no scripted expert.
+    """
+
+    env_id: str
+    instruction: str
+    instruction_of: Callable[[int], str] | None = None
+    module: str | None = None
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    control_mode: str = "pd_ee_delta_pos"
+    action_low: tuple[float, ...] = (-1.0,) * 4
+    action_high: tuple[float, ...] = (1.0,) * 4
+    state: str = "pi_rl.envs.maniskill:hand_state"
+    state_dim: int = 4
+    camera: str = "base_camera"
+    size: tuple[int, int] = (128, 128)
+    resampled: bool = False
+    obs_mode: str = "rgb"
+    video_camera: str | None = "render_camera"
+    max_episode_steps: int = 50
+    fps: int = 20
+    eval_states: int = EVAL_STATES
+    groups: tuple[str, ...] = ()
+    attached: str | None = None
+    variant: Callable[[int], Hashable] | None = None
+    assets: tuple[str, ...] = ()
+    assets_source: str = ""
+    expert: str | None = None
+
+
+_TASKS = (
+    ManiSkillTask(
+        env_id="PickCube-v1",
+        instruction="pick up the red cube and hold it at the goal position",
+        state="pi_rl.envs.maniskill:hand_and_goal_state",  # the goal is in no image: ManiSkill hides its marker
+        state_dim=7,
+        attached="is_grasped",
+        groups=("tabletop",),
+        expert="pi_rl.envs.maniskill_experts:PickCubeExpert",
+    ),
+    ManiSkillTask(
+        env_id="PushCube-v1",
+        instruction="push the blue cube onto the red and white target",
+        groups=("tabletop",),
+        expert="pi_rl.envs.maniskill_experts:PushCubeExpert",
+    ),
+)
+
+TASKS: dict[str, ManiSkillTask] = {task.env_id: task for task in _TASKS}
+"""Tasks by name."""
