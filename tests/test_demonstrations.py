@@ -48,7 +48,12 @@ class FakeExperts:
             success=success,
             actions=rng.uniform(-1, 1, (length, 2)).astype(np.float32),
             states=rng.uniform(-1, 1, (length, 2)).astype(np.float32),
-            images=rng.integers(0, 256, (length, 8, 8, 3), dtype=np.uint8) if success else None,
+            images={
+                camera: rng.integers(0, 256, (length, *size, 3), dtype=np.uint8)
+                for camera, size in self.spec.cameras.items()
+            }
+            if success
+            else None,
         )
 
 
@@ -74,10 +79,22 @@ def test_dataset_holds_the_successful_attempts_in_order(tmp_path):
         stored = np.stack([frame[name].numpy() for frame in frames])
         np.testing.assert_array_equal(stored, np.concatenate([episode[key] for episode in kept]))
     images = np.stack([(frame["observation.image"].permute(1, 2, 0) * 255).round().byte().numpy() for frame in frames])
-    np.testing.assert_array_equal(images, np.concatenate([episode["images"] for episode in kept]))
+    np.testing.assert_array_equal(images, np.concatenate([episode["images"]["observation.image"] for episode in kept]))
     tasks = [SPEC.instructions[episode["task"]] for episode in kept for _ in episode["actions"]]
     assert [frame["task"] for frame in frames] == tasks
     assert dataset.fps == SPEC.fps
+
+
+def test_every_camera_is_recorded(tmp_path):
+    two = EnvSpec(**{**SPEC.__dict__, "cameras": {"observation.images.a": (8, 8), "observation.images.b": (4, 6)}})
+    env = FakeExperts(two, success_every=1)
+    collect(env, tmp_path / "demos", episodes=1, trailing_steps=15)
+    first = FakeExperts(two, success_every=1).attempt(env.seen[0])
+    frame = read(tmp_path / "demos")[0]
+    for camera in two.cameras:
+        seen = (frame[camera].permute(1, 2, 0) * 255).round().byte().numpy()
+        np.testing.assert_array_equal(seen, first["images"][camera][0])
+    assert {request.trailing_steps for request in env.seen} == {15}
 
 
 def test_the_same_dataset_whatever_is_under_way_at_once(tmp_path):
@@ -143,9 +160,9 @@ def test_bad_arguments_are_refused_before_anything_runs(tmp_path):
         collect(env, tmp_path / "old")
     with pytest.raises(ValueError, match="at least 1"):
         collect(env, tmp_path / "demos", episodes=0)
-    two = EnvSpec(**{**SPEC.__dict__, "cameras": {"observation.a": (8, 8), "observation.b": (8, 8)}})
-    with pytest.raises(ValueError, match="one camera"):
-        collect(FakeExperts(two), tmp_path / "demos")
+    sightless = EnvSpec(**{**SPEC.__dict__, "cameras": {}})
+    with pytest.raises(ValueError, match="has no camera"):
+        collect(FakeExperts(sightless), tmp_path / "demos")
     assert env.seen == []
 
     class NoExperts:

@@ -25,6 +25,7 @@ from pi_rl.envs.simulator import Backend, Images, Sim
 from pi_rl.envs.vector_env import ExpertEpisode, ExpertRequest
 
 BACKENDS = {"metaworld": "pi_rl.envs.metaworld:MetaWorldBackend"}
+"""Simulator to its `Backend`; in its place, "module:Class" of any other backend that the worker can import."""
 PARENT_CHECK_S = 5.0
 _ALIGNMENT = 64
 
@@ -305,8 +306,12 @@ def serve(connection: Connection, memory: mmap.mmap) -> None:
     """
     parent = os.getppid()
     config = connection.recv()
-    module, _, name = BACKENDS[config["simulator"]].partition(":")
-    backend = getattr(importlib.import_module(module), name)(config["tasks"], config["options"])
+    try:
+        module, _, name = BACKENDS.get(config["simulator"], config["simulator"]).partition(":")
+        backend = getattr(importlib.import_module(module), name)(config["tasks"], config["options"])
+    except Exception as error:
+        connection.send(_error_reply(error))
+        return
     layout = Layout(**config["layout"])
     worker = Worker(backend, layout, layout.arrays(memory), config["max_episode_steps"])
     try:
@@ -314,6 +319,11 @@ def serve(connection: Connection, memory: mmap.mmap) -> None:
         _answer(connection, worker, parent)
     finally:
         backend.close()  # before the interpreter ends: OpenGL contexts freed during shutdown print errors
+
+
+def _error_reply(error: Exception) -> tuple[str, str, str, str]:
+    """What the parent needs to raise an error of the worker again; to be called while it is handled."""
+    return ("error", type(error).__name__, str(error), traceback.format_exc())
 
 
 def _answer(connection: Connection, worker: Worker, parent: int) -> None:
@@ -329,7 +339,7 @@ def _answer(connection: Connection, worker: Worker, parent: int) -> None:
         try:
             reply: tuple[Any, ...] = ("ok", worker.commands[command](*arguments))
         except Exception as error:  # the parent raises it: this is the border between the processes
-            reply = ("error", type(error).__name__, str(error), traceback.format_exc())
+            reply = _error_reply(error)
         connection.send(reply)
 
 

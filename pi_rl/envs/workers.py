@@ -38,6 +38,8 @@ from pi_rl.envs.worker import Layout
 
 CLOSE_TIMEOUT_S = 5.0
 STDERR_TAIL_CHARACTERS = 2000
+_SAME_ERROR: dict[str, type[Exception]] = {"ValueError": ValueError, "FileNotFoundError": FileNotFoundError}
+"""Errors of a worker whose message says all; of others the traceback is shown too."""
 
 
 @dataclass
@@ -92,7 +94,8 @@ class WorkerVectorEnv(VectorEnv):
 
         Args:
             spec: Description of the environment.
-            simulator: Key of `pi_rl.envs.worker.BACKENDS`.
+            simulator: Key of `pi_rl.envs.worker.BACKENDS`, or "module:Class" of a `pi_rl.envs.simulator.Backend`; the
+                module must be importable in the workers (`PYTHONPATH` reaches them, the current directory does not).
             options: Plain values for the simulator's backend.
             num_envs: B, at least 1.
             num_workers: Processes; None means one per core. More than `num_envs` are never started.
@@ -303,8 +306,8 @@ class WorkerVectorEnv(VectorEnv):
             return rest[0]
         kind, message, trace = rest
         self.close()
-        if kind == "ValueError":
-            raise ValueError(message)
+        if kind in _SAME_ERROR:
+            raise _SAME_ERROR[kind](message)
         raise RuntimeError(f"worker {worker.index} failed with {kind}: {message}\n{trace}")
 
     def _died(self, worker: _Process) -> RuntimeError:

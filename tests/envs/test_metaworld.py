@@ -14,7 +14,7 @@ def make(metaworld, task, **options):
 
 def everything(sim):
     image = np.zeros((32, 32, 3), np.uint8)
-    sim.draw(image)
+    sim.draw({"observation.image": image})
     data = sim.data
     return [
         image,
@@ -129,7 +129,7 @@ def test_pictures_follow_the_options(metaworld):
         sim = backend.make(0)
         sim.reset(0)
         image = np.zeros((*backend.options.size, 3), np.uint8)
-        sim.draw(image)
+        sim.draw({"observation.image": image})
         backend.close()
         return image
 
@@ -193,7 +193,7 @@ def test_the_default_picture_is_lerobots(metaworld):
         getattr(sim.data, field)[:] = getattr(theirs._env.data, field)
     sim._mujoco.mj_forward(sim.env.model, sim.data)
     image = np.zeros((480, 480, 3), np.uint8)
-    sim.draw(image)
+    sim.draw({"observation.image": image})
     np.testing.assert_array_equal(image, observation["pixels"])
     backend.close()
     theirs.close()

@@ -62,17 +62,18 @@ class FlickeringSim:
         self.reward = float(self._task_reward.step(solved, self.steps != 4))
         return solved
 
-    def draw(self, out):
-        out[...] = self.steps
+    def draw(self, images):
+        for image in images.values():
+            image[...] = self.steps
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 6])
 def test_nothing_is_simulated_or_paid_after_the_end(chunk):
-    layout = Layout(num_envs=2, max_chunk=6, action_dim=1, state_dim=1, height=1, width=1)
+    layout = Layout(num_envs=2, max_chunk=6, action_dim=1, state_dim=1, cameras={"observation.image": (1, 1)})
     arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in layout.fields().items()}
     sims = []
-    backend = types.SimpleNamespace(make=lambda task: sims.append(FlickeringSim()) or sims[-1])
-    worker = Worker(backend, arrays, max_episode_steps=6)
+    backend = types.SimpleNamespace(make=lambda task: sims.append(FlickeringSim()) or sims[-1], max_idle=0)
+    worker = Worker(backend, layout, arrays, max_episode_steps=6)
     worker.reset([0, 1])
     arrays["active"][:] = [True, False]
     rewards, steps = [], 0

@@ -1,9 +1,12 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from pi_rl.envs.vector_env import (
     EVAL_STATES,
     TRAIN_STATE_OFFSET,
+    EnvSpec,
     ExpertRequest,
     check_actions,
     check_active,
@@ -11,7 +14,9 @@ from pi_rl.envs.vector_env import (
     check_reset,
 )
 
-TASKS = ("reach-v3", "push-v3")
+SPEC = EnvSpec(
+    "x:both", ("reach-v3", "push-v3"), ("reach", "push"), {}, 2, 4, 9, 80, (-1.0,) * 4, (1.0,) * 4, eval_states=50
+)
 ALL = np.ones(3, bool)
 
 
@@ -20,11 +25,11 @@ def test_training_and_evaluation_states_are_disjoint():
 
 
 def test_valid_arguments_come_back_in_the_interface_types():
-    ids, slots = check_reset([[1, 5], [0, 7]], [2, 0], 3, TASKS)
+    ids, slots = check_reset([[1, 5], [0, 7]], [2, 0], 3, SPEC)
     assert ids.dtype == slots.dtype == np.int64
     assert ids.tolist() == [[1, 5], [0, 7]]
     assert slots.tolist() == [2, 0]
-    assert check_reset(np.zeros((3, 2), np.int32), None, 3, TASKS)[1].tolist() == [0, 1, 2]
+    assert check_reset(np.zeros((3, 2), np.int32), None, 3, SPEC)[1].tolist() == [0, 1, 2]
     assert check_actions(np.zeros((3, 2, 4)), ALL, 4, 9).dtype == np.float32
 
 
@@ -36,13 +41,18 @@ def test_valid_arguments_come_back_in_the_interface_types():
         ([[0, 0], [2, 0], [0, 0]], None, r"task index 2 \(row 1\).*2 task\(s\), 0 to 1 \(reach-v3, push-v3\)"),
         ([[0, 0], [-1, 0], [0, 0]], None, "task index -1"),
         ([[0, 0], [0, 0], [0, -4]], None, r"state id -4 \(row 2\)"),
+        (
+            [[0, 0], [0, 49], [1, 50]],
+            None,
+            r"state id 50 \(row 2\) does not exist: x:both .* 0 to 49, .*from 1000000 up",
+        ),
         ([[0, 0]], [3], r"0 to 2, got \[3\]"),
         ([[0, 0], [0, 1]], [1, 1], r"named twice in \[1, 1\]"),
     ],
 )
 def test_reset_arguments_are_checked_with_numbers(ids, indices, message):
     with pytest.raises(ValueError, match=message):
-        check_reset(ids, indices, 3, TASKS)
+        check_reset(ids, indices, 3, SPEC)
 
 
 @pytest.mark.parametrize(
@@ -92,3 +102,13 @@ def test_expert_requests_name_the_bad_field(wrong):
     (field,) = wrong
     with pytest.raises(ValueError, match=field):
         ExpertRequest(**{"task": 0, "state_id": 0, **wrong})
+
+
+def test_the_instruction_is_the_tasks_unless_the_episode_says_more():
+    assert SPEC.instruction(1, 7) == "push"
+    told = replace(SPEC, subtasks=3, instruction_of=lambda task, state, solved: f"{task}, {state}, {solved}")
+    assert told.instruction(1, 7, 2) == "1, 7, 2"
+
+
+def test_training_states_exist_whatever_the_number_of_evaluation_states():
+    check_reset([[0, TRAIN_STATE_OFFSET], [1, 2**40], [0, 0]], None, 3, SPEC)

@@ -189,8 +189,10 @@ def test_experts_are_reproducible_and_leave_the_environments_alone(one_worker, t
     assert [episode["state_id"] for episode in episodes] == [3, 4, 5, 5]
     for one, other in zip(episodes, one_worker.rollout_experts(requests), strict=True):
         assert one["success"] == other["success"]
-        for key in ("actions", "states", "images"):
+        for key in ("actions", "states"):
             np.testing.assert_array_equal(one[key], other[key])
+        if one["success"]:
+            np.testing.assert_array_equal(one["images"][IMAGE], other["images"][IMAGE])
     two_workers.reset(IDS)
     assert_same(copy_of(two_workers.step_chunk(actions)), copy_of(before))
     assert_same(copy_of(two_workers.step_chunk(actions)), copy_of(after))
@@ -198,7 +200,7 @@ def test_experts_are_reproducible_and_leave_the_environments_alone(one_worker, t
     n = len(clean["actions"])
     assert clean["success"]
     assert clean["actions"].shape == clean["states"].shape == (n, 4)
-    assert clean["images"].shape == (n, 32, 32, 3)
+    assert clean["images"][IMAGE].shape == (n, 32, 32, 3)
     assert np.abs(episodes[1]["actions"]).max() <= 1.0
     assert not failed["success"]
     assert failed["images"] is None
@@ -209,7 +211,7 @@ def test_expert_frames_are_what_the_policy_would_have_seen(two_workers):
     (episode,) = two_workers.rollout_experts([{"task": 0, "state_id": 3}])
     seen = two_workers.reset(IDS)
     for t in range(4):
-        np.testing.assert_array_equal(episode["images"][t], seen[IMAGE][0])
+        np.testing.assert_array_equal(episode["images"][IMAGE][t], seen[IMAGE][0])
         np.testing.assert_array_equal(episode["states"][t], seen[STATE][0])
         step = np.repeat(episode["actions"][None, t : t + 1], 4, axis=0)
         seen = two_workers.step_chunk(step, [True, False, False, False]).observation
@@ -266,10 +268,10 @@ def test_a_dead_worker_is_named_with_its_exit_code():
     assert not any(alive(pid) for pid in env.worker_pids)
 
 
-def test_a_worker_that_cannot_start_shows_its_last_words(monkeypatch):
+def test_a_worker_that_cannot_start_says_why(monkeypatch):
     monkeypatch.setattr("pi_rl.envs.workers.choose_renderer", lambda: "broken")
     env = blind_env(num_envs=1)
-    with pytest.raises(RuntimeError, match=r"(?s)worker 0 of 1 .*exit code 1 .*invalid value for .*MUJOCO_GL"):
+    with pytest.raises(RuntimeError, match="worker 0 failed with RuntimeError: invalid value for .*MUJOCO_GL"):
         env.reset(np.array([[0, 1]]))
 
 
