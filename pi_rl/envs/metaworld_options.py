@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,11 +20,14 @@ CAMERAS = ("corner2", "corner", "corner3", "topview", "behindGripper", "gripperP
 WRIST_CAMERAS = ("behindGripper", "gripperPOV")
 
 
-@functools.cache
-def task_instructions() -> dict[str, str]:
-    """Returns the 50 task names with LeRobot's instruction of each, read from LeRobot's file without importing it.
+DIFFICULTIES = ("easy", "medium", "hard", "very_hard")
+ML45_TEST = ("bin-picking-v3", "box-close-v3", "door-lock-v3", "door-unlock-v3", "hand-insert-v3")
+"""The tasks that MetaWorld's ML45 holds out; the other 45 are its training tasks."""
 
-    Checkpoints and datasets of LeRobot's MetaWorld use exactly these sentences, so they are not reworded here.
+
+@functools.cache
+def _lerobot_table() -> dict[str, Any]:
+    """LeRobot's file of MetaWorld tasks, read without importing LeRobot.
 
     Raises:
         RuntimeError: LeRobot is not installed or its file is elsewhere.
@@ -34,7 +38,41 @@ def task_instructions() -> dict[str, str]:
     path = Path(lerobot.origin).parent / "envs" / "metaworld_config.json"
     if not path.is_file():
         raise RuntimeError(f"lerobot's table of MetaWorld instructions is not at {path}; install lerobot 0.6")
-    return dict(json.loads(path.read_text(encoding="utf-8"))["TASK_DESCRIPTIONS"])
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def task_instructions() -> dict[str, str]:
+    """Returns the 50 task names with LeRobot's instruction of each.
+
+    Checkpoints and datasets of LeRobot's MetaWorld use exactly these sentences, so they are not reworded here.
+
+    Raises:
+        RuntimeError: LeRobot is not installed or its file is elsewhere.
+    """
+    return dict(_lerobot_table()["TASK_DESCRIPTIONS"])
+
+
+def difficulty_groups() -> dict[str, tuple[str, ...]]:
+    """Returns the tasks of each difficulty, sorted: 28 easy, 11 medium, 6 hard, 5 very hard.
+
+    It is the division by which SmolVLA and the paper (Table 4) report; it comes with LeRobot.
+
+    Raises:
+        RuntimeError: LeRobot is not installed or its file is elsewhere.
+    """
+    tasks = _lerobot_table()["DIFFICULTY_TO_TASKS"]
+    return {difficulty: tuple(sorted(tasks[difficulty])) for difficulty in DIFFICULTIES}
+
+
+def task_groups() -> dict[str, tuple[str, ...]]:
+    """Returns all names that stand for several tasks: `mt50`, `ml45_train`, `ml45_test` and the four difficulties.
+
+    Raises:
+        RuntimeError: LeRobot is not installed or its file is elsewhere.
+    """
+    every = tuple(sorted(task_instructions()))
+    train = tuple(task for task in every if task not in ML45_TEST)
+    return {"mt50": every, "ml45_train": train, "ml45_test": ML45_TEST, **difficulty_groups()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +174,8 @@ def make_spec(name: str, tasks: Sequence[str], options: MetaWorldOptions) -> Env
     unknown = sorted(set(options.object_range or {}) - set(tasks))
     if unknown:
         raise ValueError(f"object_range names {', '.join(unknown)}, but the tasks are {', '.join(tasks)}")
+    present = {group: tuple(t for t in members if t in tasks) for group, members in difficulty_groups().items()}
+    groups = {group: members for group, members in present.items() if members}
     return EnvSpec(
         name=name,
         tasks=tuple(tasks),
@@ -147,4 +187,5 @@ def make_spec(name: str, tasks: Sequence[str], options: MetaWorldOptions) -> Env
         fps=FPS,
         action_low=(-1.0,) * ACTION_DIM,
         action_high=(1.0,) * ACTION_DIM,
+        task_groups=groups if len(groups) > 1 else {},  # one group alone would repeat the numbers of all tasks
     )

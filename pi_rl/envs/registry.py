@@ -59,7 +59,7 @@ SIMULATORS = {
         _metaworld_tasks,
         metaworld_options.make_spec,
         _in_workers("metaworld"),
-        groups=lambda: {"mt50": _metaworld_tasks()},
+        groups=metaworld_options.task_groups,
     ),
     "toy": Simulator(
         "point-mass",
@@ -77,7 +77,8 @@ def make_env(name: str, num_envs: int, num_workers: int | None = None, **options
     Args:
         name: "SIMULATOR:TASK" or "SIMULATOR:TASK,TASK,…", such as "metaworld:reach-v3", "gymnasium:Pendulum-v1" or
             "toy:identity"; "metaworld:mt50" (or, as LeRobot writes such names, "metaworld_mt50") is all of MetaWorld's
-            50 tasks. Which of the tasks an environment runs is decided by the ids it is reset to.
+            50 tasks; other groups are "ml45_train", "ml45_test", "easy", "medium", "hard" and "very_hard". Which of
+            the tasks an environment runs is decided by the ids it is reset to.
         num_envs: Number B of environments, at least 1.
         num_workers: At most so many worker processes; None means one per core. Never more than `num_envs`, and none
             for gymnasium and toy environments, which are cheaper to step than to talk to.
