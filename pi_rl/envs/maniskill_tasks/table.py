@@ -18,9 +18,10 @@ class ManiSkillTask:
     Attributes:
         env_id: Name of the Gymnasium registration.
         instruction: What the policy is told.
-        instruction_of: State id to the instruction, where it depends on the episode; must be pure and quick.
+        instruction_of: (state id, kwargs of the environment) to the instruction, where it depends on the episode; pure
+            and quick, it is called for every observation.
         module: Module whose import registers the environment; None where ManiSkill does.
-        kwargs: More arguments of `gym.make`.
+        kwargs: More arguments of `gym.make`. `use_multiple_plates` among them is replaced by the option of that name.
         control_mode: Controller of the robot.
         action_low: Lower bounds of an action.
         action_high: Upper bounds.
@@ -29,7 +30,7 @@ class ManiSkillTask:
         camera: Name of the sensor that is the policy's camera.
         size: Its native (height, width) in pixels.
         resampled: An image of another size is rendered at the native size and scaled, as it must be where a photograph
-            is laid under it; otherwise the camera renders that size itself.
+            is laid under it; otherwise the camera renders that size itself, and may be moved by the options.
         obs_mode: ManiSkill's observation mode in which the camera's image is complete.
         video_camera: ManiSkill's camera for videos; None for the policy's own.
         max_episode_steps: Time limit, unless the options give another.
@@ -38,17 +39,19 @@ class ManiSkillTask:
         groups: Names of the groups it belongs to, such as "simpler".
         attached: Key of `evaluate()` that tells whether an object is attached to the gripper; None where nothing is
             taken up, and the structured reward does not exist.
-        variant: State id to what the scene is built from; where that changes from one episode to the next the scene is
-            rebuilt. None where all episodes share one scene.
+        hand: Robot links that are still drawn when the option `hide_arm` hides the others; empty where it must not.
+        variant: (state id, kwargs) to what the scene is built from; where that changes from one episode to the next
+            the scene is rebuilt. None where all episodes share one scene. A batched simulation (`num_envs` > 1) is never
+            rebuilt: there the environment must hold everything at once.
         assets: Files that must exist, relative to the folder of assets.
         assets_source: Where they come from: a command, or a sentence.
-        expert: "module:name" of a class whose instances, made from the simulator's environment after each reset, return
+        expert: "module:name" of a class whose instances, made from the environment after each reset, return
             the next action when called: float32 (A,). None where there is no scripted expert.
     """
 
     env_id: str
     instruction: str
-    instruction_of: Callable[[int], str] | None = None
+    instruction_of: Callable[[int, Mapping[str, Any]], str] | None = None
     module: str | None = None
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     control_mode: str = "pd_ee_delta_pos"
@@ -66,11 +69,14 @@ class ManiSkillTask:
     eval_states: int = EVAL_STATES
     groups: tuple[str, ...] = ()
     attached: str | None = None
-    variant: Callable[[int], Hashable] | None = None
+    hand: tuple[str, ...] = ()
+    variant: Callable[[int, Mapping[str, Any]], Hashable] | None = None
     assets: tuple[str, ...] = ()
     assets_source: str = ""
     expert: str | None = None
 
+
+PANDA_HAND = ("panda_hand", "panda_leftfinger", "panda_rightfinger")
 
 _TASKS = (
     ManiSkillTask(
@@ -80,12 +86,14 @@ _TASKS = (
         state_dim=7,
         attached="is_grasped",
         groups=("tabletop",),
+        hand=PANDA_HAND,
         expert="pi_rl.envs.maniskill_experts:PickCubeExpert",
     ),
     ManiSkillTask(
         env_id="PushCube-v1",
         instruction="push the blue cube onto the red and white target",
         groups=("tabletop",),
+        hand=PANDA_HAND,
         expert="pi_rl.envs.maniskill_experts:PushCubeExpert",
     ),
 )
