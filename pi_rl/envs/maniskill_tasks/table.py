@@ -41,7 +41,7 @@ class ManiSkillTask:
             taken up, and the structured reward does not exist.
         hand: Robot links that are still drawn when the option `hide_arm` hides the others; empty where it must not.
         variant: (state id, kwargs) to what the scene is built from; where that changes from one episode to the next
-            the scene is rebuilt. None where all episodes share one scene. A batched simulation (`num_envs` > 1) is never
+            the scene is rebuilt. None where all episodes share one scene. A batched simulation (num_envs > 1) is never
             rebuilt: there the environment must hold everything at once.
         assets: Files that must exist, relative to the folder of assets.
         assets_source: Where they come from: a command, or a sentence.
