@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -105,57 +106,77 @@ def _choose(requested: str) -> str:
 
 
 class CameraRenderer:
-    """Renders one camera of one compiled model, for any number of simulators of that model.
+    """Renders one camera of one compiled model, or several in turns, for any number of simulators of that model.
 
     Not `mujoco.Renderer`: closing one of those frees its OpenGL names while another context may be current, which
     wipes the other renderer's buffers without an error. Here every OpenGL call is made with the own context current.
     """
 
     def __init__(
-        self, model: Any, camera: int, height: int, width: int, *, fast: bool, mirror: bool, hidden: np.ndarray | None
+        self,
+        model: Any,
+        camera: int,
+        height: int,
+        width: int,
+        *,
+        fast: bool,
+        mirror: bool,
+        hidden: np.ndarray | None,
+        hidden_groups: Sequence[int] = (),
     ):
         """Creates the OpenGL context and uploads the model's meshes and textures (0.3 to 1.3 s in software).
 
         Args:
-            model: `mujoco.MjModel` of the simulators; it is copied, the original stays as it is.
-            camera: Index of the model's camera.
+            model: `mujoco.MjModel` of the simulators; it stays as it is (and is copied if geoms are hidden).
+            camera: Index of the model's camera that is drawn unless another one is asked for.
             height: Image height in pixels, at least 1.
             width: Image width in pixels, at least 1.
             fast: Draw without shadows, reflections and multisampling (16 times faster in software, other pixels).
             mirror: Flip both image axes, as LeRobot does for MetaWorld's `corner2`.
             hidden: Indices of geoms that are not drawn, or None.
+            hidden_groups: MuJoCo's geom groups that are not drawn, such as collision shapes.
         """
         import copy
 
         import mujoco
 
         self._mujoco = mujoco
-        self.model = copy.copy(model)
+        self.model = model if hidden is None else copy.copy(model)
         self.height, self.width, self._mirror, self._fast = height, width, mirror, fast
-        self.model.vis.global_.offheight, self.model.vis.global_.offwidth = height, width
-        if fast:
-            self.model.vis.quality.offsamples = 0
-            self.model.vis.quality.shadowsize = 0
         if hidden is not None:
             self.model.geom_group[hidden] = mujoco.mjNGROUP - 1  # the last group is off in the default options
         self._scene = mujoco.MjvScene(self.model, maxgeom=2000)
         self._options = mujoco.MjvOption()
+        self._options.geomgroup[list(hidden_groups)] = 0
         self._camera = mujoco.MjvCamera()
         self._camera.type = mujoco.mjtCamera.mjCAMERA_FIXED
-        self._camera.fixedcamid = camera
+        self._default_camera = camera
         self._viewport = mujoco.MjrRect(0, 0, width, height)
         self._pixels = np.empty((height, width, 3), np.uint8)
         self._gl: Any = mujoco.GLContext(width, height)
         self._gl.make_current()
-        self._context = mujoco.MjrContext(self.model, mujoco.mjtFontScale.mjFONTSCALE_100)
+        self._context = self._upload()
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
 
-    def render(self, data: Any, out: np.ndarray) -> None:
+    def _upload(self) -> Any:
+        """Makes MuJoCo's context; it reads size and quality from the model once, which gets its own back."""
+        quality, size = self.model.vis.quality, self.model.vis.global_
+        before = quality.offsamples, quality.shadowsize, size.offheight, size.offwidth
+        size.offheight, size.offwidth = self.height, self.width
+        if self._fast:
+            quality.offsamples = quality.shadowsize = 0
+        try:
+            return self._mujoco.MjrContext(self.model, self._mujoco.mjtFontScale.mjFONTSCALE_100)
+        finally:
+            quality.offsamples, quality.shadowsize, size.offheight, size.offwidth = before
+
+    def render(self, data: Any, out: np.ndarray, camera: int | None = None) -> None:
         """Draws a simulator's current state.
 
         Args:
             data: `mujoco.MjData` whose positions are up to date (`mj_forward`).
             out: uint8 (height, width, 3), written in place.
+            camera: Index of the model's camera; by default that of the renderer.
 
         Raises:
             RuntimeError: The renderer was closed.
@@ -163,6 +184,7 @@ class CameraRenderer:
         if self._gl is None:
             raise RuntimeError("this renderer was closed; make a new one")
         mujoco = self._mujoco
+        self._camera.fixedcamid = self._default_camera if camera is None else camera
         everything = mujoco.mjtCatBit.mjCAT_ALL
         mujoco.mjv_updateScene(self.model, data, self._options, None, self._camera, everything, self._scene)
         if self._fast:
