@@ -237,7 +237,7 @@ def _check_together(recipe: RecipeArguments, rl: "FlowConfig", spec: "EnvSpec") 
             "policy predicts; lower the one or raise the other."
         )
     if rl.planned_eval_episodes:
-        evaluation_ids(len(spec.tasks), rl.planned_eval_episodes)
+        evaluation_ids(spec, rl.planned_eval_episodes)
 
 
 def _prepare_folder(run: _Run) -> None:

@@ -23,7 +23,7 @@ from pi_rl.rollout.randomness import (
     shared_uniform,
     training_state_ids,
 )
-from pi_rl.rollout.rollout import Rollout, RolloutStatistics
+from pi_rl.rollout.rollout import KeptInputs, Rollout, RolloutStatistics, in_order
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,7 @@ class _Record:
     terminated: np.ndarray
     truncated: np.ndarray
     valid: np.ndarray
+    lost: np.ndarray
     samples: list[Sample] = field(default_factory=list)
 
     @classmethod
@@ -53,7 +54,26 @@ class _Record:
             terminated=np.zeros(shape, bool),
             truncated=np.zeros(shape, bool),
             valid=np.zeros(shape, bool),
+            lost=np.zeros(shape, bool),
         )
+
+    def lose(self, step: int, rows: np.ndarray, *, whole: bool) -> None:
+        """Takes chunks out in which a simulator broke down; what came before ends there, with the value it led to.
+
+        Args:
+            step: The chunk.
+            rows: Environments that broke down in it.
+            whole: Take out everything that these environments did, not only this chunk.
+        """
+        if whole:
+            self.lost[:, rows] |= self.valid[:, rows]
+        else:
+            self.lost[step, rows] = True
+            if step > 0:
+                going = rows[~(self.terminated | self.truncated)[step - 1, rows] & self.valid[step - 1, rows]]
+                self.truncated[step - 1, going] = True
+                self.final_values[step - 1, going] = self.values[step, 0, going]
+        self.valid &= ~self.lost
 
     def next_values(self) -> np.ndarray:
         """Value of what follows each chunk, (T, B): of the final observation where an episode was truncated."""
@@ -223,16 +243,21 @@ class RolloutCollector:
         self._length += result.steps
         self._return += record.rewards[step]
         self._statistics.env_steps += int(result.steps.sum())
+        failed = np.flatnonzero(result.failed)
+        if len(failed):  # a group compares whole episodes, so one that broke down takes all of itself out
+            record.lose(step, failed, whole=self.group_size > 1)
+            self._statistics.failed += len(failed)
         cut = np.flatnonzero(result.truncated)
         if len(cut):
             record.final_values[step, cut] = self._values(result.observation, cut, step + 1)
         observation = result.observation
-        done = np.flatnonzero(result.terminated | result.truncated)
-        self._statistics.episodes += len(done)
-        for row in done[self._episode[done] == 0]:
+        ended = np.flatnonzero(result.terminated | result.truncated)
+        self._statistics.episodes += len(ended)
+        for row in ended[self._episode[ended] == 0]:
             self._statistics.add_episode(
                 self.task[row], bool(result.success[row]), self._length[row], self._return[row]
             )
+        done = np.flatnonzero(result.done)
         if len(done):
             observation = self._finish(done, observation, last=step + 1 == self.chunks)
         return observation
@@ -263,11 +288,19 @@ class RolloutCollector:
         def columns(name: str) -> Tensor:
             return torch.from_numpy(np.concatenate([getattr(record, name) for record in records], axis=-1))
 
+        valid, lost = columns("valid"), columns("lost")
+        kept = in_order(valid, valid | lost, self.epochs)[:, 0]
+        inputs: Any = self._inputs if kept.all() else KeptInputs(self._inputs, kept.nonzero()[:, 0])
+
+        def of_kept(tensors: list[Tensor]) -> Tensor:
+            every = torch.cat(tensors)
+            return every if kept.all() else every[kept.to(every.device)]
+
         samples = [sample for record in records for sample in record.samples]
         indices = [sample.chain.step_index for sample in samples if sample.chain.step_index is not None]
-        x = torch.cat([sample.chain.x for sample in samples])
+        x = of_kept([sample.chain.x for sample in samples])
         sampler = self.model.sampler
-        step_index = torch.cat(indices)[:, None] if indices else None
+        step_index = of_kept(indices)[:, None] if indices else None
         if sampler.mdp == "two_layer":
             steps = torch.tensor(list(sampler.stochastic_steps), device=x.device)
             step_index = steps.expand(len(x), -1)
@@ -276,20 +309,23 @@ class RolloutCollector:
         num_envs, groups = self.env.num_envs, self.env.num_envs // self.group_size
         epoch_of = np.repeat(np.arange(self.epochs), num_envs)
         group_of = np.tile(np.arange(num_envs) // self.group_size, self.epochs)
+        group = torch.from_numpy(epoch_of * groups + group_of)
+        gone = lost.any(0) & ~valid.any(0)  # alone in a group it compares with nobody
+        group[gone] = group.max() + 1 + torch.arange(int(gone.sum()))
         return Rollout(
             rewards=columns("rewards"),
             terminated=columns("terminated"),
             truncated=columns("truncated"),
-            valid=columns("valid"),
-            groups=torch.from_numpy(epoch_of * groups + group_of),
+            valid=valid,
+            groups=group,
             values=columns("values") if critic else None,
             next_values=torch.from_numpy(next_values) if critic else None,
             x=x,
             step_index=step_index,
-            log_prob=torch.cat([sample.log_prob for sample in samples]),
-            critic_input=torch.cat(critic) if critic else None,
+            log_prob=of_kept([sample.log_prob for sample in samples]),
+            critic_input=of_kept(critic) if critic else None,
             critic_per_step=self.model.critic_per_step,
-            inputs=self._inputs,
+            inputs=inputs,
             epochs=self.epochs,
             statistics=self._statistics,
         )

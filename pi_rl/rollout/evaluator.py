@@ -1,11 +1,12 @@
 """Deterministic evaluation: every fixed initial state once, actions by the ODE."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from pi_rl.envs.vector_env import EVAL_STATES, Observation, VectorEnv
+from pi_rl.envs.vector_env import EnvSpec, Observation, VectorEnv
 from pi_rl.policies.actor_critic import FlowActorCritic
 from pi_rl.progress import ProgressFn
 from pi_rl.rollout.policy_io import PolicyIO
@@ -23,6 +24,7 @@ class EpisodeResults:
         success: (n,) bool.
         length: (n,) environment steps.
         returns: (n,) sum of rewards.
+        failed: (n,) bool, the simulator broke down, also when the episode was tried again; these count as unsolved.
     """
 
     tasks: tuple[str, ...]
@@ -30,6 +32,14 @@ class EpisodeResults:
     success: np.ndarray
     length: np.ndarray
     returns: np.ndarray
+    failed: np.ndarray
+
+    @classmethod
+    def empty(cls, tasks: tuple[str, ...], reset_ids: np.ndarray) -> "EpisodeResults":
+        """Results to be filled in."""
+        n = len(reset_ids)
+        numbers = np.zeros(n, bool), np.zeros(n, np.int64), np.zeros(n), np.zeros(n, bool)
+        return cls(tasks, reset_ids, *numbers)
 
     def summary(self) -> EvalSummary:
         """Success rate with interval, episode length and return, in total and per task."""
@@ -37,27 +47,31 @@ class EpisodeResults:
         return summarize_episodes(names, self.success.tolist(), self.length.tolist(), self.returns.tolist())
 
 
-def evaluation_ids(num_tasks: int, episodes: int) -> np.ndarray:
+def evaluation_ids(spec: EnvSpec, episodes: int) -> np.ndarray:
     """The fixed initial states: the same number for every task, from the range that training never draws.
 
     Args:
-        num_tasks: Number of tasks.
-        episodes: Number of initial states in total, a multiple of ``num_tasks``.
+        spec: Knows the tasks and how many evaluation states they have.
+        episodes: Number of initial states in total, a multiple of the number of tasks.
 
     Returns:
         (episodes, 2) int64, task index and state id; tasks alternate, state ids count from 0.
 
     Raises:
-        ValueError: When ``episodes`` does not divide by the number of tasks or exceeds the reserved range.
+        ValueError: When ``episodes`` does not divide by the number of tasks or exceeds the states that there are.
     """
+    num_tasks = len(spec.tasks)
     if episodes < 1 or episodes % num_tasks:
         lower = max(episodes // num_tasks, 1) * num_tasks
         raise ValueError(
             f"{episodes} evaluation episodes cannot be shared equally by {num_tasks} tasks; "
             f"use {lower} or {lower + num_tasks}."
         )
-    if episodes // num_tasks > EVAL_STATES:
-        raise ValueError(f"{episodes // num_tasks} evaluation states per task: at most {EVAL_STATES} are reserved.")
+    if episodes // num_tasks > spec.eval_states:
+        raise ValueError(
+            f"{episodes} evaluation episodes are {episodes // num_tasks} of each task, but {spec.name} has only "
+            f"{spec.eval_states} evaluation states per task: use at most {spec.eval_states * num_tasks}."
+        )
     order = np.arange(episodes)
     return np.stack([order % num_tasks, order // num_tasks], 1).astype(np.int64)
 
@@ -72,6 +86,7 @@ def evaluate_policy(
     seed: int = 0,
     denoising_steps: int | None = None,
     progress: ProgressFn | None = None,
+    on_episode: Callable[[EpisodeResults, int], None] | None = None,
 ) -> EpisodeResults:
     """Runs one episode from every given initial state, without exploration noise.
 
@@ -87,18 +102,18 @@ def evaluate_policy(
         seed: Seed of the flow's initial noise.
         denoising_steps: K of the ODE; the sampler's by default.
         progress: Called as ``progress(episodes done, n, text)``.
+        on_episode: Called as ``on_episode(results, i)`` when episode i has ended and its row is complete.
 
     Returns:
-        Success, length and return of the n episodes, in the order of ``reset_ids``.
+        Success, length and return of the n episodes, in the order of ``reset_ids``. An episode whose simulator breaks
+        down is tried once more.
     """
+    results = EpisodeResults.empty(env.spec.tasks, reset_ids)
     if len(reset_ids) == 0:
-        return EpisodeResults(env.spec.tasks, reset_ids, np.zeros(0, bool), np.zeros(0, np.int64), np.zeros(0))
+        return results
     was_training = model.training
     model.eval()
     queue = _EpisodeQueue(reset_ids, env.num_envs)
-    success = np.zeros(len(reset_ids), bool)
-    length = np.zeros(len(reset_ids), np.int64)
-    returns = np.zeros(len(reset_ids))
     slots = queue.next_for(np.arange(env.num_envs))
     observation = env.reset(reset_ids[queue.episode[slots]], slots)
     done_count = 0
@@ -110,21 +125,28 @@ def evaluate_policy(
         )
         result = env.step_chunk(actions, queue.episode >= 0)
         queue.chunk[rows] += 1
-        length[queue.episode[rows]] += result.steps[rows]
-        returns[queue.episode[rows]] += result.rewards[rows].sum(1)
+        results.length[queue.episode[rows]] += result.steps[rows]
+        results.returns[queue.episode[rows]] += result.rewards[rows].sum(1)
         observation = result.observation
-        done = np.flatnonzero(result.terminated | result.truncated)
+        done = np.flatnonzero(result.done)
         if len(done) == 0:
             continue
-        success[queue.episode[done]] = result.success[done]
-        done_count += len(done)
-        if progress is not None:
-            progress(done_count, len(reset_ids), f"success {success.sum() / done_count:.2f}")
+        for slot in done:
+            episode = queue.episode[slot]
+            if result.failed[slot] and queue.put_back(slot):
+                results.length[episode], results.returns[episode] = 0, 0.0
+                continue
+            results.success[episode], results.failed[episode] = result.success[slot], result.failed[slot]
+            done_count += 1
+            if on_episode is not None:
+                on_episode(results, int(episode))
+        if progress is not None and done_count:
+            progress(done_count, len(reset_ids), f"success {results.success.sum() / done_count:.2f}")
         refilled = queue.next_for(done)
         if len(refilled):
             observation = env.reset(reset_ids[queue.episode[refilled]], refilled)
     model.train(was_training)
-    return EpisodeResults(env.spec.tasks, reset_ids, success, length, returns)
+    return results
 
 
 class _EpisodeQueue:
@@ -140,6 +162,16 @@ class _EpisodeQueue:
         self._waiting = {
             int(task): list(np.flatnonzero(reset_ids[:, 0] == task)) for task in np.unique(reset_ids[:, 0])
         }
+        self._tried_again: set[int] = set()
+
+    def put_back(self, slot: int) -> bool:
+        """Lets the slot's episode be run once more; returns whether it may, which is the case one time."""
+        episode = int(self.episode[slot])
+        if episode in self._tried_again:
+            return False
+        self._tried_again.add(episode)
+        self._waiting[int(self._task[slot])].insert(0, episode)
+        return True
 
     def next_for(self, slots: np.ndarray) -> np.ndarray:
         """Gives each slot its next episode; returns the slots that got one."""
@@ -238,7 +270,7 @@ def record_episode(
             single[0] = actions[0, step]
             result = env.step_chunk(single, active)
             observation, steps = result.observation, steps + 1
-            ended = bool(result.terminated[0] or result.truncated[0])
+            ended = bool(result.done[0])
             if ended or steps % every == 0:
                 frames.append(env.render(rows, *size)[0])
             if ended:

@@ -24,12 +24,14 @@ class RolloutStatistics:
         per_task: (tasks, 4) float64: first episodes, their successes, environment steps and sum of rewards.
         env_steps: Simulated steps of all episodes, finished or not.
         episodes: Episodes that ended.
+        failed: Episodes that were lost because their simulator broke down.
     """
 
     tasks: tuple[str, ...]
     per_task: np.ndarray
     env_steps: int = 0
     episodes: int = 0
+    failed: int = 0
 
     def add_episode(self, task: int, success: bool, length: int, reward: float) -> None:
         """Counts an environment's first episode: of task ``task``, ``length`` environment steps long."""
@@ -37,17 +39,19 @@ class RolloutStatistics:
 
     def as_tensor(self) -> Tensor:
         """Everything in one float64 vector, for one reduction over processes."""
-        return torch.from_numpy(np.append(self.per_task.ravel(), [float(self.env_steps), float(self.episodes)]))
+        counts = [float(self.env_steps), float(self.episodes), float(self.failed)]
+        return torch.from_numpy(np.append(self.per_task.ravel(), counts))
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
         """Rates from a (reduced) vector of :meth:`as_tensor`; a rate of no episodes is left out.
 
         Args:
-            sums: (4 * tasks + 2,) float64.
+            sums: (4 * tasks + 3,) float64.
         """
-        table = sums[:-2].reshape(len(self.tasks), 4).cpu().numpy()
+        table = sums[:-3].reshape(len(self.tasks), 4).cpu().numpy()
         total = table.sum(0)
-        metrics = {"rollout/env_steps": float(sums[-2]), "rollout/episodes": float(sums[-1])}
+        names = ("env_steps", "episodes", "failed_episodes")
+        metrics = {f"rollout/{name}": float(value) for name, value in zip(names, sums[-3:], strict=True)}
         if total[0] > 0:
             metrics["rollout/success_rate"] = float(total[1] / total[0])
             metrics["rollout/episode_length"] = float(total[2] / total[0])
@@ -57,6 +61,43 @@ class RolloutStatistics:
                 if row[0] > 0:
                     metrics[f"rollout/success_rate/{task}"] = float(row[1] / row[0])
         return metrics
+
+
+def in_order(values: Tensor, mask: Tensor, epochs: int) -> Tensor:
+    """Entries of some chunks, ordered by rollout epoch, then time, then environment.
+
+    Args:
+        values: (T, B), or (T, S, B) with an entry per transition.
+        mask: (T, B) bool, N of them true.
+        epochs: E, whose B / E columns each follow one another.
+
+    Returns:
+        (N, S); S = 1 for (T, B).
+    """
+    per_transition = values if values.ndim == 3 else values.unsqueeze(1)
+    chunks, transitions, columns = per_transition.shape
+    by_epoch = per_transition.reshape(chunks, transitions, epochs, columns // epochs)
+    return by_epoch.permute(2, 0, 3, 1)[mask.reshape(chunks, epochs, -1).permute(1, 0, 2)]
+
+
+class KeptInputs:
+    """Some rows of a source of inputs.
+
+    Args:
+        source: All rows.
+        rows: (n,) int64, the rows that are kept.
+    """
+
+    def __init__(self, source: InputSource[Prefix | Mapping[str, Any]], rows: Tensor):
+        self._source, self._rows = source, rows
+
+    def __len__(self) -> int:
+        """Number of kept rows."""
+        return len(self._rows)
+
+    def __getitem__(self, indices: Tensor) -> Prefix | Mapping[str, Any]:
+        """Inputs of some kept rows, indices (m,) int64."""
+        return self._source[self._rows[indices.to(self._rows.device)]]
 
 
 @dataclass
@@ -71,7 +112,7 @@ class Rollout:
         rewards: (T, B) float32, sum of the rewards inside each chunk.
         terminated: (T, B) bool, the episode ended inside the chunk and has no future.
         truncated: (T, B) bool, the episode was cut at the time limit inside the chunk.
-        valid: (T, B) bool, the chunk was executed.
+        valid: (T, B) bool, the chunk was executed and its simulator did not break down in it.
         groups: (B,) int64, the group of trajectories with a common initial state that each belongs to.
         values: (T, S, B) float32 of the chunks' transitions; None without a critic.
         next_values: (T, B) float32, value of what follows each chunk: of the final observation where truncated.
@@ -115,11 +156,7 @@ class Rollout:
         Returns:
             (N, S); S = 1 for (T, B).
         """
-        per_transition = values if values.ndim == 3 else values.unsqueeze(1)
-        chunks, transitions, columns = per_transition.shape
-        by_epoch = per_transition.reshape(chunks, transitions, self.epochs, columns // self.epochs)
-        valid = self.valid.reshape(chunks, self.epochs, -1).permute(1, 0, 2)
-        return by_epoch.permute(2, 0, 3, 1)[valid]
+        return in_order(values, self.valid, self.epochs)
 
     def buffer(self, advantages: Tensor, returns: Tensor | None) -> RolloutBuffer[Prefix | Mapping[str, Any]]:
         """The samples of the update.

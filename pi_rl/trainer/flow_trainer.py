@@ -195,7 +195,7 @@ class FlowTrainer(CheckpointedTrainer):
         policy = self.actor_critic.policy
         check_compatibility(policy, self.env.spec)
         if self.args.eval_episodes:
-            evaluation_ids(len(self.env.spec.tasks), self.args.eval_episodes)
+            evaluation_ids(self.env.spec, self.args.eval_episodes)
         self.io = PolicyIO(loaded.preprocessor, loaded.postprocessor, self.env.spec, policy.n_action_steps)
         if self.args.process_index == 0 and not self.args.dry_run:
             warn_about_short_rollouts(self.args.rollout_chunks, policy.n_action_steps, self.env.spec.max_episode_steps)
@@ -429,8 +429,7 @@ class FlowTrainer(CheckpointedTrainer):
 
     def evaluation_results(self) -> EpisodeResults:
         """One deterministic episode from each fixed initial state, in their order, gathered from all processes."""
-        tasks = self.env.spec.tasks
-        ids = evaluation_ids(len(tasks), self.args.eval_episodes)
+        ids = evaluation_ids(self.env.spec, self.args.eval_episodes)
         # blocks, not strides: tasks alternate in `ids`, and every process should have episodes of each
         mine = np.array_split(np.arange(len(ids)), self.args.world_size)[self.args.process_index]
         local = evaluate_policy(
@@ -441,11 +440,12 @@ class FlowTrainer(CheckpointedTrainer):
             seed=self.args.eval_seed,
             progress=self.report.evaluation_progress,
         )
-        outcome = torch.zeros(3, len(ids), dtype=torch.float64)
-        for row, values in zip(outcome, (local.success, local.length, local.returns), strict=True):
+        outcome = torch.zeros(4, len(ids), dtype=torch.float64)
+        for row, values in zip(outcome, (local.success, local.length, local.returns, local.failed), strict=True):
             row[mine] = torch.from_numpy(values.astype(np.float64))
-        success, length, returns = self.reduce(outcome).numpy()
-        return EpisodeResults(tasks, ids, success > 0.5, length.astype(np.int64), returns)
+        success, length, returns, failed = self.reduce(outcome).numpy()
+        tasks = self.env.spec.tasks
+        return EpisodeResults(tasks, ids, success > 0.5, length.astype(np.int64), returns, failed > 0.5)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the iteration's reduced metrics, episode statistics and phase times to a training log."""

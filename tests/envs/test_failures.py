@@ -1,4 +1,4 @@
-"""Environments that raise, return NaN or end without success, several cameras, idle simulators: real worker processes."""
+"""Environments that raise, return NaN or end unsolved; several cameras; idle simulators: real worker processes."""
 
 from pathlib import Path
 

@@ -3,9 +3,14 @@
 import numpy as np
 import torch
 
+from pi_rl.envs.registry import check_name_and_options
 from pi_rl.envs.vector_env import EVAL_STATES, TRAIN_STATE_OFFSET
 from pi_rl.rollout.evaluator import evaluation_ids
 from pi_rl.rollout.randomness import chunk_noise, training_state_ids
+
+
+def spec_of(tasks):
+    return check_name_and_options(f"metaworld:{','.join(('reach-v3', 'push-v3', 'door-open-v3')[:tasks])}", {})
 
 
 def draw(ids, chunks, key=(7, 0, 3)):
@@ -38,9 +43,9 @@ def test_training_never_resets_to_an_evaluation_state():
     states = training_state_ids(0, 3, np.arange(64), np.zeros(64, int))
     assert len(set(states.tolist())) == 64
     assert states.min() >= TRAIN_STATE_OFFSET
-    assert evaluation_ids(2, 200)[:, 1].max() < EVAL_STATES <= TRAIN_STATE_OFFSET
+    assert evaluation_ids(spec_of(2), 200)[:, 1].max() < EVAL_STATES <= TRAIN_STATE_OFFSET
 
 
 def test_evaluation_states_are_shared_equally_by_tasks():
-    ids = evaluation_ids(3, 12)
+    ids = evaluation_ids(spec_of(3), 12)
     assert sorted(map(tuple, ids.tolist())) == [(task, state) for task in range(3) for state in range(4)]

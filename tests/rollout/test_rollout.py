@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from pi_rl.envs.vector_env import EnvSpec
 from pi_rl.flow.chain import Chain
 from pi_rl.policies.critic import ValueHead
 from pi_rl.rl.advantages import two_layer_gae
@@ -127,7 +128,7 @@ def test_without_auto_reset_an_environment_runs_one_episode(actor_critic, small_
 
 def test_evaluation_does_not_depend_on_workers_history_or_training(actor_critic, small_policy, metaworld_env):
     loaded = small_policy()
-    ids = evaluation_ids(1, 7)
+    ids = evaluation_ids(metaworld_env(num_envs=1).spec, 7)
     outcomes = []
     for workers in (1, 2):
         env = metaworld_env(max_episode_steps=LIMIT, num_workers=workers)
@@ -146,7 +147,7 @@ def test_evaluation_does_not_depend_on_workers_history_or_training(actor_critic,
 
 def test_every_initial_state_of_every_task_is_evaluated_once(actor_critic, small_policy, metaworld_env):
     env = metaworld_env("metaworld:handle-press-v3,button-press-topdown-v3", max_episode_steps=5, num_envs=3)
-    ids = evaluation_ids(2, 10)
+    ids = evaluation_ids(env.spec, 10)
     results = evaluate_policy(actor_critic, env, io_of(actor_critic, small_policy(), env), ids)
     assert (results.length == 5).all()
     summary = results.summary()
@@ -158,11 +159,17 @@ def test_every_initial_state_of_every_task_is_evaluated_once(actor_critic, small
 
 def test_more_tasks_than_environments_are_all_evaluated(actor_critic, small_policy, metaworld_env):
     env = metaworld_env("metaworld:handle-press-v3,button-press-topdown-v3", max_episode_steps=5, num_envs=1)
-    results = evaluate_policy(actor_critic, env, io_of(actor_critic, small_policy(), env), evaluation_ids(2, 4))
+    ids = evaluation_ids(env.spec, 4)
+    results = evaluate_policy(actor_critic, env, io_of(actor_critic, small_policy(), env), ids)
     assert (results.length == 5).all()
 
 
-@pytest.mark.parametrize(("tasks", "episodes", "hint"), [(3, 10, "9 or 12"), (2, 0, "2 or 4")])
-def test_unequal_shares_are_refused_with_values_that_fit(tasks, episodes, hint):
+@pytest.mark.parametrize(
+    ("tasks", "episodes", "hint"),
+    [(3, 10, "9 or 12"), (2, 0, "2 or 4"), (2, 102, "51 of each .*only 50 .*most 100")],
+)
+def test_shares_that_cannot_be_are_refused_with_values_that_fit(tasks, episodes, hint):
+    names = ("a", "b", "c")[:tasks]
+    spec = EnvSpec("x:y", names, names, {}, 1, 1, 5, 10, (-1.0,), (1.0,), eval_states=50)
     with pytest.raises(ValueError, match=hint):
-        evaluation_ids(tasks, episodes)
+        evaluation_ids(spec, episodes)
