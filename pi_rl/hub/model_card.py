@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pi_rl.hub.results import RunResults, format_minutes, results_rows_markdown, runs_table
+from pi_rl.hub.results import RunResults, format_minutes, results_rows_markdown, runs_table, summary_parts
 from pi_rl.rollout.summary import TaskSummary
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
@@ -113,9 +113,7 @@ def _card_data(
 ) -> Any:
     from huggingface_hub import EvalResult, ModelCardData
 
-    tasks: dict[str, TaskSummary] = {env_name: results.rl}
-    if len(results.rl.per_task) > 1:
-        tasks.update(results.rl.per_task)
+    tasks: dict[str, TaskSummary] = {env_name: results.rl, **summary_parts(results.rl)}
     evaluations = [
         EvalResult(
             task_type="robotics",

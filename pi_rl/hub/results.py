@@ -13,6 +13,9 @@ from typing import Any
 from pi_rl.rollout.summary import EvalSummary, TaskSummary
 
 RESULTS_NAME = "results.json"
+MEAN_OF_GROUPS = "mean of groups"
+_RUN_HEAD = ["sampler", "sight", "seed", "SFT", "SFT + RL", "gain"]
+_RUN_TAIL = ["episode length", "env steps", "minutes"]
 _RESULTS_HEAD = ["policy", "task", "success [95 %]", "episodes", "episode length", "env steps"]
 
 
@@ -118,7 +121,7 @@ def format_minutes(minutes: Mapping[str, float]) -> str:
 
 
 def results_table(results: RunResults, *, markdown: bool = False) -> str:
-    """The SFT → RL table of one run, one row per policy and, with several tasks, per task.
+    """The SFT → RL table of one run, one row per policy and, with several tasks, per group and task.
 
     Args:
         results: The run's numbers.
@@ -150,31 +153,45 @@ def runs_table(runs: Sequence[RunResults], *, markdown: bool = False) -> str:
     """
     if not runs:
         raise ValueError("runs_table got no runs; give at least one.")
-    head = ["sampler", "sight", "seed", "SFT", "SFT + RL", "gain", "episode length", "env steps", "minutes"]
-    rows = [
-        [
-            run.noise,
-            "blind" if run.blind else "camera",
-            str(run.seed),
-            format_success(run.sft),
-            format_success(run.rl),
-            f"{run.gain:+.3f}",
-            f"{run.sft.mean_episode_length:.1f} → {run.rl.mean_episode_length:.1f}",
-            f"{run.env_steps:,}",
-            f"{run.total_minutes:.1f}",
-        ]
-        for run in runs
-    ]
+    grouped = any(run.rl.per_group for run in runs)
+    head = [*_RUN_HEAD, *([MEAN_OF_GROUPS] if grouped else []), *_RUN_TAIL]
+    rows = [_run_row(run, grouped=grouped) for run in runs]
     return _markdown(head, rows) if markdown else _aligned(head, rows)
+
+
+def _run_row(run: RunResults, *, grouped: bool) -> list[str]:
+    means = (run.sft.mean_of_groups, run.rl.mean_of_groups)
+    return [
+        run.noise,
+        "blind" if run.blind else "camera",
+        str(run.seed),
+        format_success(run.sft),
+        format_success(run.rl),
+        f"{run.gain:+.3f}",
+        *([" → ".join("" if mean is None else f"{mean.success_rate:.3f}" for mean in means)] if grouped else []),
+        f"{run.sft.mean_episode_length:.1f} → {run.rl.mean_episode_length:.1f}",
+        f"{run.env_steps:,}",
+        f"{run.total_minutes:.1f}",
+    ]
 
 
 def _results_rows(results: RunResults) -> list[list[str]]:
     rows: list[list[str]] = []
     for name, summary, steps in (("SFT", results.sft, "0"), ("SFT + RL", results.rl, f"{results.env_steps:,}")):
         rows.append(_summary_row(name, "all", summary, steps))
-        if len(summary.per_task) > 1:
-            rows += [_summary_row("", task, row, "") for task, row in summary.per_task.items()]
-    return [*rows, ["gain", "", f"{results.gain:+.3f}", "", "", ""]]
+        rows += [_summary_row("", part, row, "") for part, row in summary_parts(summary).items()]
+    rows.append(["gain", "", f"{results.gain:+.3f}", "", "", ""])
+    before, after = results.sft.mean_of_groups, results.rl.mean_of_groups
+    if before is not None and after is not None:
+        rows.append(["", MEAN_OF_GROUPS, f"{after.success_rate - before.success_rate:+.3f}", "", "", ""])
+    return rows
+
+
+def summary_parts(summary: EvalSummary) -> dict[str, TaskSummary]:
+    """What stands below the row of all episodes: mean of groups, groups, and tasks where there are several."""
+    mean = summary.mean_of_groups
+    averages = {} if mean is None else {MEAN_OF_GROUPS: mean}
+    return averages | summary.per_group | (summary.per_task if len(summary.per_task) > 1 else {})
 
 
 def _summary_row(name: str, task: str, summary: TaskSummary, env_steps: str) -> list[str]:

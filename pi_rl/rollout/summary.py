@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -60,17 +60,49 @@ class TaskSummary:
 
 @dataclass(frozen=True, kw_only=True)
 class EvalSummary(TaskSummary):
-    """Success and length over all evaluation episodes, and the same numbers per task.
+    """Success and length over all evaluation episodes, and the same numbers per task and per group of tasks.
 
     Attributes:
         per_task: Summary of each task, keyed by task name.
+        per_group: Summary of the episodes of each group of tasks, such as "easy"; empty where there are no groups.
     """
 
     per_task: dict[str, TaskSummary] = field(default_factory=dict)
+    per_group: dict[str, TaskSummary] = field(default_factory=dict)
+
+    @property
+    def mean_of_tasks(self) -> TaskSummary | None:
+        """The mean of the tasks' numbers; with equally many episodes each, the success rate over all episodes."""
+        return mean_summary(list(self.per_task.values())) if self.per_task else None
+
+    @property
+    def mean_of_groups(self) -> TaskSummary | None:
+        """The mean of the groups' numbers, however many tasks each has: "Avg." in the paper's MetaWorld table."""
+        return mean_summary(list(self.per_group.values())) if self.per_group else None
+
+    def metrics(self) -> dict[str, float]:
+        """What a log shows, by name without prefix.
+
+        A group's rate stands beside the tasks', under `success_rate/<group>`.
+        """
+        metrics = {
+            "success_rate": self.success_rate,
+            "ci95_low": self.ci95[0],
+            "ci95_high": self.ci95[1],
+            "episode_length": self.mean_episode_length,
+            "return": self.mean_return,
+            "n_episodes": float(self.n_episodes),
+        }
+        if self.mean_of_groups is not None:
+            metrics["success_rate_mean_of_groups"] = self.mean_of_groups.success_rate
+        parts = self.per_group | self.per_task
+        return metrics | {f"success_rate/{name}": part.success_rate for name, part in parts.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready form; intervals become lists."""
-        return json.loads(json.dumps(asdict(self)))
+        """JSON-ready form; intervals become lists, and the means over tasks and groups are written out."""
+        means = {"mean_of_tasks": self.mean_of_tasks, "mean_of_groups": self.mean_of_groups}
+        written = {name: asdict(mean) for name, mean in means.items() if mean is not None}
+        return json.loads(json.dumps({**asdict(self), **written}))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> "EvalSummary":
@@ -79,20 +111,55 @@ class EvalSummary(TaskSummary):
         Raises:
             ValueError: If a number is missing.
         """
-        per_task = {name: TaskSummary(**_summary_fields(row)) for name, row in data.get("per_task", {}).items()}
-        return EvalSummary(**_summary_fields(data), per_task=per_task)
+
+        def parts(kind: str) -> dict[str, TaskSummary]:
+            return {name: TaskSummary(**_summary_fields(row)) for name, row in data.get(kind, {}).items()}
+
+        return EvalSummary(**_summary_fields(data), per_task=parts("per_task"), per_group=parts("per_group"))
+
+
+def mean_summary(parts: Sequence[TaskSummary]) -> TaskSummary:
+    """The unweighted mean of several summaries, such as those of four difficulties.
+
+    The interval of the mean p̄ of m rates combines the rates' own intervals [l, u] as independent errors:
+    p̄ − √(Σ(p − l)²)/m to p̄ + √(Σ(u − p)²)/m.
+
+    Args:
+        parts: Summaries of different episodes, at least one.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    if not parts:
+        raise ValueError("mean_summary got no summaries; give at least one.")
+    m = len(parts)
+    rate = sum(part.success_rate for part in parts) / m
+    below = math.hypot(*(part.success_rate - part.ci95[0] for part in parts)) / m
+    above = math.hypot(*(part.ci95[1] - part.success_rate for part in parts)) / m
+    return TaskSummary(
+        success_rate=rate,
+        n_episodes=sum(part.n_episodes for part in parts),
+        ci95=(max(0.0, rate - below), min(1.0, rate + above)),
+        mean_episode_length=sum(part.mean_episode_length for part in parts) / m,
+        mean_return=sum(part.mean_return for part in parts) / m,
+    )
 
 
 def summarize_episodes(
-    tasks: Sequence[str], successes: Sequence[bool], lengths: Sequence[float], returns: Sequence[float]
+    tasks: Sequence[str],
+    successes: Sequence[bool],
+    lengths: Sequence[float],
+    returns: Sequence[float],
+    task_groups: Mapping[str, Sequence[str]] | None = None,
 ) -> EvalSummary:
-    """Summary of n evaluation episodes, over all and per task.
+    """Summary of n evaluation episodes, over all, per task and per group of tasks.
 
     Args:
         tasks: Task name of each episode.
         successes: Outcome of each episode.
         lengths: Environment steps of each episode.
         returns: Sum of rewards of each episode.
+        task_groups: Task names of each group; groups without an episode are left out.
 
     Raises:
         ValueError: If there are no episodes or the sequences differ in length.
@@ -103,11 +170,14 @@ def summarize_episodes(
             "give one of each per episode."
         )
     rows = list(zip(successes, lengths, returns, strict=True))
-    per_task = {
-        task: TaskSummary(**_episode_numbers([row for name, row in zip(tasks, rows, strict=True) if name == task]))
-        for task in dict.fromkeys(tasks)
-    }
-    return EvalSummary(**_episode_numbers(rows), per_task=per_task)
+
+    def part(members: Collection[str]) -> TaskSummary:
+        return TaskSummary(**_episode_numbers([row for name, row in zip(tasks, rows, strict=True) if name in members]))
+
+    per_task = {task: part([task]) for task in dict.fromkeys(tasks)}
+    groups = {group: set(members) & set(tasks) for group, members in (task_groups or {}).items()}
+    per_group = {group: part(members) for group, members in groups.items() if members}
+    return EvalSummary(**_episode_numbers(rows), per_task=per_task, per_group=per_group)
 
 
 def _episode_numbers(episodes: Sequence[tuple[bool, float, float]]) -> dict[str, Any]:

@@ -47,6 +47,23 @@ def results():
 
 
 @pytest.fixture
+def grouped_results():
+    """Three tasks in two groups of unlike sizes, so that the mean of the groups is not that of the episodes."""
+    groups = {"easy": ("press", "pull"), "hard": ("lift",)}
+    before, after = (
+        summarize_episodes(
+            ["press"] * 10 + ["pull"] * 10 + ["lift"] * 10,
+            [i < press for i in range(10)] + [i < 10 for i in range(10)] + [i < lift for i in range(10)],
+            [20.0] * 30,
+            [0.0] * 30,
+            groups,
+        )
+        for press, lift in ((4, 0), (10, 5))
+    )
+    return run_results(sft=before, rl=after)
+
+
+@pytest.fixture
 def make_results():
     return run_results
 

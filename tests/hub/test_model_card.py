@@ -33,6 +33,12 @@ def test_metadata_is_read_back_by_the_hub_library(folder, results):
     assert [task.dataset_name for task in tasks] == list(results.rl.per_task)
 
 
+def test_metadata_holds_groups_and_their_mean(folder, grouped_results):
+    _, *parts = ModelCard.load(write(folder, grouped_results)).data.eval_results
+    assert [part.dataset_name for part in parts] == ["mean of groups", "easy", "hard", "press", "pull", "lift"]
+    assert [part.metric_value for part in parts[:3]] == [0.75, 1.0, 0.5]
+
+
 def test_card_tells_numbers_command_and_limits(folder, results):
     text = write(folder, results).read_text()
     for part in (

@@ -90,6 +90,31 @@ def test_runs_table_has_a_row_per_run_and_marks_the_blind_one(make_results):
         runs_table([])
 
 
+def test_groups_and_their_mean_stand_between_all_and_tasks(grouped_results):
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:4]] for line in results_rows_markdown(grouped_results).splitlines()
+    ]
+    assert [row[1] for row in rows[2:9]] == ["all", "mean of groups", "easy", "hard", "press", "pull", "lift"]
+    assert [row[2][:5] for row in rows[2:6]] == ["0.467", "0.350", "0.700", "0.000"]
+    assert [row[2][:5] for row in rows[9:13]] == ["0.833", "0.750", "1.000", "0.500"]
+    assert [row[1:] for row in rows[-2:]] == [["", "+0.367"], ["mean of groups", "+0.400"]]
+
+
+def test_runs_table_shows_the_mean_of_groups_where_there_are_groups(grouped_results, results):
+    head, _, grouped, plain = runs_table([grouped_results, results], markdown=True).splitlines()
+    assert head.count("|") == grouped.count("|") == plain.count("|")
+    column = head.split("|").index(" mean of groups ")
+    assert grouped.split("|")[column] == " 0.350 → 0.750 "
+    assert "mean of groups" not in runs_table([results])
+
+
+def test_group_results_survive_json(grouped_results, tmp_path):
+    content = json.loads(write_results(tmp_path, grouped_results).read_text())
+    assert content["rl"]["mean_of_groups"]["success_rate"] == pytest.approx(0.75)
+    assert content["rl"]["per_group"]["easy"]["n_episodes"] == 20
+    assert read_results(tmp_path) == grouped_results
+
+
 def test_minutes_are_summed():
     assert format_minutes({"sft": 1.0, "final_evaluation": 0.5}) == "sft 1.0 · final evaluation 0.5 · total 1.5 min"
 
