@@ -13,7 +13,9 @@ ifeq ($(GPU),)
 export OMP_NUM_THREADS ?= 1
 endif
 
-.PHONY: help quickstart test lint format types setup clean
+EVERYTHING := test,lint,libero,maniskill
+
+.PHONY: help quickstart test lint format types setup benchmarks clean
 
 help: ## print this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -21,7 +23,7 @@ help: ## print this list
 quickstart: setup ## from demonstrations to a policy improved by RL, with Flow-Noise (about 10 minutes on two CPU cores)
 	@$(BIN)/accelerate launch --quiet --config_file $(LAUNCH_CONFIG) $(RECIPE) $(ARGS)
 
-test: setup ## the test suite (without the tests marked slow or gpu)
+test: benchmarks ## the test suite (without the tests marked slow or gpu)
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: setup ## ruff: rules and format
@@ -35,6 +37,9 @@ types: setup ## mypy on the package
 
 setup: ## virtual environment, pinned packages, rendering libraries (done once)
 	@scripts/setup.sh
+
+benchmarks: ## the same with LIBERO and ManiSkill (their meshes and textures: pi-rl assets)
+	@scripts/setup.sh $(EVERYTHING)
 
 clean: ## remove caches and the virtual environment; keeps outputs/
 	rm -rf .venv .python build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

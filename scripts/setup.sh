@@ -1,8 +1,11 @@
 #!/usr/bin/env bash
-# Sets pi_rl up in .venv: Python packages at the pinned versions and, if nothing renders, the system's OpenGL libraries.
-# Done once: a stamp in .venv makes later calls return at once. Package indexes are those the machine is set up for.
+# Sets pi_rl up in .venv: Python packages at the pinned versions and, if nothing renders, the system's OpenGL (and, for
+# ManiSkill, Vulkan) libraries. Done once: a stamp in .venv makes later calls return at once. Package indexes are those
+# the machine is set up for.
 #
-# Usage: scripts/setup.sh          extras as in PI_RL_EXTRAS (default: test,lint)
+# Usage: scripts/setup.sh [EXTRAS]      e.g. test,lint,libero,maniskill; default: PI_RL_EXTRAS, or test,lint
+#
+# What an earlier call installed stays installed.
 set -euo pipefail
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
@@ -10,7 +13,9 @@ cd "$ROOT"
 VENV=$ROOT/.venv
 LOG=$VENV/setup.log
 STAMP=$VENV/setup.stamp
-EXTRAS=${PI_RL_EXTRAS:-test,lint}
+EXTRAS=${1:-${PI_RL_EXTRAS:-test,lint}}
+VULKAN_PACKAGES=(libvulkan1 mesa-vulkan-drivers)
+BACKPORTS=bookworm-backports
 APT_PACKAGES=(libegl1 libegl-mesa0 libgl1 libgl1-mesa-dri libosmesa6)
 
 say() { printf 'setup: %s\n' "$*"; }
@@ -31,9 +36,18 @@ logged() {
 
 # What this set-up depends on; the folder counts because a virtual environment cannot be moved.
 fingerprint() {
-    { cat pyproject.toml constraints.txt .python-version scripts/setup.sh; printf '%s\n' "$ROOT" "$EXTRAS"; } |
-        sha256sum | cut -d' ' -f1
+    { cat pyproject.toml constraints.txt .python-version scripts/setup.sh; printf '%s\n' "$ROOT"; } | sha256sum | cut -d' ' -f1
 }
+
+# Prints those of the comma-separated names in $1 that $2 lacks.
+missing_extras() {
+    local name
+    for name in ${1//,/ }; do
+        [[ ,$2, == *,"$name",* ]] || printf '%s ' "$name"
+    done
+}
+
+has_extra() { [[ ,$EXTRAS, == *,"$1",* ]]; }
 
 is_python312() { "$1" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' >/dev/null 2>&1; }
 
@@ -129,45 +143,107 @@ find_renderer() {
     done
 }
 
-install_system_libraries() {
-    local sudo=() install=(env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends)
-    local hint="apt-get update && apt-get install -y --no-install-recommends ${APT_PACKAGES[*]}"
+# Installs packages of the system, as root or with sudo. First argument: what does not work yet. $APT_OPTIONS: more options.
+install_system_packages() {
+    local problem=$1 sudo=() hint
+    shift
+    hint="apt-get update && apt-get install -y --no-install-recommends ${APT_OPTIONS[*]:-} $*"
     if ! command -v apt-get >/dev/null 2>&1; then
-        fail "MuJoCo cannot render: neither EGL nor OSMesa works (details in .venv/setup.log). Install your system's" \
-            "packages for Mesa EGL or OSMesa (on Debian and Ubuntu: ${APT_PACKAGES[*]}) and run this again."
+        problem+=" (details in .venv/setup.log). Install your system's counterparts of these packages of Debian and Ubuntu"
+        fail "$problem: $*. Then run this again."
     fi
     if [ "$(id -u)" -ne 0 ]; then
         if ! command -v sudo >/dev/null 2>&1 || ! sudo -n true 2>/dev/null; then
-            fail "MuJoCo cannot render: neither EGL nor OSMesa works (details in .venv/setup.log), and this user may not" \
-                "install packages. Run as root, then run this again: $hint"
+            fail "$problem (details in .venv/setup.log), and this user may not install packages." \
+                "Run as root, then run this again: $hint"
         fi
         sudo=(sudo -n)
     fi
-    say "nothing renders yet: installing ${APT_PACKAGES[*]}"
+    say "$problem: installing $*"
     # A failing update of one source need not matter, the installation tells.
     logged "${sudo[@]}" apt-get update -qq || say "apt-get update reported a problem; going on"
-    logged "${sudo[@]}" "${install[@]}" "${APT_PACKAGES[@]}" ||
-        fail "apt-get could not install the libraries: see the lines above. Run it yourself: $hint"
+    logged "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
+        ${APT_OPTIONS[@]+"${APT_OPTIONS[@]}"} "$@" ||
+        fail "apt-get could not install the packages: see the lines above. Run it yourself: $hint"
 }
 
-main() {
-    local mark renderer
-    mark=$(fingerprint)
-    if [ -x "$VENV/bin/python" ] && [ "$(cat "$STAMP" 2>/dev/null)" = "$mark" ]; then
-        return
+# LIBERO's dependencies hold two sources in C++ that are built with cmake.
+prepare_build_tools() {
+    if has_extra libero && ! { command -v cmake && command -v c++ && command -v make; } >/dev/null 2>&1; then
+        install_system_packages "LIBERO's packages need a C++ compiler and cmake" cmake g++ make
     fi
-    make_venv
-    rm -f "$STAMP"
-    install_packages
+}
+
+set_up_opengl() {
+    local renderer
     renderer=$(find_renderer)
     if [ -z "$renderer" ]; then
-        install_system_libraries
+        install_system_packages "MuJoCo cannot render: neither EGL nor OSMesa works" "${APT_PACKAGES[@]}"
         renderer=$(find_renderer)
         [ -n "$renderer" ] || fail "MuJoCo still cannot render with EGL or OSMesa; .venv/setup.log says why." \
             "In a container, check that the graphics driver's libraries are not hidden, then run this again."
     fi
-    printf '%s\n' "$mark" >"$STAMP"
-    say "done (renderer: $renderer)"
+    say "MuJoCo renders with $renderer"
 }
 
+vulkan_works() { logged_quietly "$VENV/bin/python" -P -m pi_rl.envs.vulkan; }
+
+logged_quietly() {
+    printf '\n$ %s\n' "$*" >>"$LOG"
+    "$@" >>"$LOG" 2>&1 </dev/null
+}
+
+# The backports of Debian 12, whose own Mesa is too old; the mirror is the one that the machine already uses.
+add_backports() {
+    local sources=/etc/apt/sources.list.d/pi_rl-backports.list mirror sudo=()
+    [ "$(. /etc/os-release && printf '%s' "${VERSION_CODENAME:-}")" = bookworm ] || return 0
+    APT_OPTIONS=(-t "$BACKPORTS")
+    if grep -rqs "$BACKPORTS" /etc/apt/sources.list /etc/apt/sources.list.d; then
+        return 0
+    fi
+    mirror=$(grep -rhsoE '(URIs: *|^deb +(\[[^]]*\] +)?)https?://[^ ]+/debian/?( |$)' /etc/apt/sources.list /etc/apt/sources.list.d |
+        grep -oE 'https?://[^ ]+' | head -n 1)
+    [ -n "$mirror" ] || return 0
+    [ "$(id -u)" -eq 0 ] || sudo=(sudo -n)
+    printf 'deb %s %s main\n' "$mirror" "$BACKPORTS" | "${sudo[@]}" tee "$sources" >/dev/null || true
+}
+
+# SAPIEN, under ManiSkill, does not even start without Vulkan. Its absence must not stop those who want something else.
+set_up_vulkan() {
+    has_extra maniskill || return 0
+    if ! vulkan_works; then
+        add_backports
+        # in a subshell: `fail` ends that alone
+        (install_system_packages "ManiSkill cannot draw: no working Vulkan" "${VULKAN_PACKAGES[@]}") || true
+        vulkan_works || {
+            say "WARNING: ManiSkill will not run on this machine; everything else does. It says:"
+            "$VENV/bin/python" -P -m pi_rl.envs.vulkan >&2 || true
+            [ -z "${CI:-}" ] || exit 1
+            return 0
+        }
+    fi
+    say "ManiSkill draws with Vulkan"
+}
+
+main() {
+    local mark installed=""
+    mark=$(fingerprint)
+    if [ -x "$VENV/bin/python" ] && [ -f "$STAMP" ]; then
+        installed=$(sed -n 2p "$STAMP")
+        if [ "$(sed -n 1p "$STAMP")" = "$mark" ] && [ -z "$(missing_extras "$EXTRAS" "$installed")" ]; then
+            return
+        fi
+        EXTRAS=$EXTRAS$(for name in $(missing_extras "$installed" "$EXTRAS"); do printf ',%s' "$name"; done)
+    fi
+    make_venv
+    rm -f "$STAMP"
+    prepare_build_tools
+    install_packages
+    set_up_opengl
+    set_up_vulkan
+    printf '%s\n%s\n' "$mark" "$EXTRAS" >"$STAMP"
+    say "done ($EXTRAS)"
+}
+
+APT_OPTIONS=()
 main
