@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pi_rl.envs.failures import FailureLog
+from pi_rl.envs.interpreters import worker_command, worker_environment
 from pi_rl.envs.renderer import child_environment, choose_renderer
 from pi_rl.envs.vector_env import (
     STATE_KEY,
@@ -113,7 +114,7 @@ class WorkerVectorEnv(VectorEnv):
         self.num_envs = num_envs
         self.num_workers = default_num_workers(num_envs) if num_workers is None else min(num_workers, num_envs)
         layout = Layout(num_envs, spec.max_episode_steps, spec.action_dim, spec.state_dim, dict(spec.cameras))
-        environment = child_environment(choose_renderer())
+        environment = worker_environment(python, child_environment(choose_renderer()))
         with _anonymous_file(layout.nbytes()) as file:
             self._arrays = layout.arrays(mmap.mmap(file.fileno(), 0))
             self._workers = [_start_worker(i, python, file.fileno(), environment) for i in range(self.num_workers)]
@@ -346,7 +347,7 @@ def _start_worker(index: int, python: str, memory_fd: int, environment: dict[str
     with theirs:
         stderr = tempfile.TemporaryFile()
         popen = subprocess.Popen(
-            [python, "-P", "-m", "pi_rl.envs.worker", str(theirs.fileno()), str(memory_fd)],
+            [*worker_command(python), str(theirs.fileno()), str(memory_fd)],
             pass_fds=(theirs.fileno(), memory_fd),
             stdin=subprocess.DEVNULL,
             stdout=stderr,
