@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from pi_rl.envs import gymnasium_env, metaworld_options, toy
+from pi_rl.envs import calvin_options, gymnasium_env, maniskill_options, metaworld_options, toy
 from pi_rl.envs.vector_env import EnvSpec, VectorEnv
 from pi_rl.envs.workers import WorkerVectorEnv
 
@@ -44,7 +44,36 @@ def _in_workers(simulator: str) -> Callable[[EnvSpec, Any, int, int | None], Vec
     )
 
 
+def _make_maniskill(
+    spec: EnvSpec, options: maniskill_options.ManiSkillOptions, num_envs: int, num_workers: int | None
+) -> VectorEnv:
+    maniskill_options.check_assets([maniskill_options.TASKS[task] for task in spec.tasks], options.asset_folder)
+    if options.backend == "gpu":
+        from pi_rl.envs.maniskill_gpu import ManiSkillBatchedVectorEnv
+
+        return ManiSkillBatchedVectorEnv(spec, options, num_envs)
+    return _in_workers("maniskill")(spec, options, num_envs, num_workers)
+
+
+def _make_calvin(
+    spec: EnvSpec, options: calvin_options.CalvinOptions, num_envs: int, num_workers: int | None
+) -> WorkerVectorEnv:
+    """Makes CALVIN environments, each in a worker of its own: pybullet's worlds in one process are not apart."""
+    located = options.located()
+    calvin_options.sequences_of(located.root)  # before the workers start, so that they find them in the cache
+    assert located.python is not None
+    return WorkerVectorEnv(spec, "calvin", vars(located), num_envs, num_envs, located.python)
+
+
 SIMULATORS = {
+    "calvin": Simulator(
+        "abc_d",
+        calvin_options.CalvinOptions,
+        calvin_options.task_names,
+        calvin_options.make_spec,
+        _make_calvin,
+        groups=lambda: {task: (task,) for task in calvin_options.task_names()},
+    ),
     "gymnasium": Simulator(
         "Pendulum-v1",
         gymnasium_env.GymnasiumOptions,
@@ -52,6 +81,14 @@ SIMULATORS = {
         gymnasium_env.make_spec,
         lambda spec, options, num_envs, _: gymnasium_env.GymnasiumVectorEnv(spec, options, num_envs),
         is_known=gymnasium_env.is_known,
+    ),
+    "maniskill": Simulator(
+        "PickCube-v1",
+        maniskill_options.ManiSkillOptions,
+        maniskill_options.task_names,
+        maniskill_options.make_spec,
+        _make_maniskill,
+        groups=maniskill_options.groups,
     ),
     "metaworld": Simulator(
         "reach-v3",
@@ -81,7 +118,8 @@ def make_env(name: str, num_envs: int, num_workers: int | None = None, **options
             the tasks an environment runs is decided by the ids it is reset to.
         num_envs: Number B of environments, at least 1.
         num_workers: At most so many worker processes; None means one per core. Never more than `num_envs`, and none
-            for gymnasium and toy environments, which are cheaper to step than to talk to.
+            for gymnasium and toy environments, which are cheaper to step than to talk to. CALVIN has one per
+            environment whatever is given.
         **options: Fields of the simulator's options: `pi_rl.envs.metaworld_options.MetaWorldOptions`,
             `pi_rl.envs.gymnasium_env.GymnasiumOptions`, `pi_rl.envs.toy.ToyOptions`.
 

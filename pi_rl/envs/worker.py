@@ -24,7 +24,11 @@ from numpy.typing import NDArray
 from pi_rl.envs.simulator import Backend, Images, Sim
 from pi_rl.envs.vector_env import ExpertEpisode, ExpertRequest
 
-BACKENDS = {"metaworld": "pi_rl.envs.metaworld:MetaWorldBackend"}
+BACKENDS = {
+    "calvin": "pi_rl.envs.calvin:CalvinBackend",
+    "maniskill": "pi_rl.envs.maniskill:ManiSkillBackend",
+    "metaworld": "pi_rl.envs.metaworld:MetaWorldBackend",
+}
 """Simulator to its `Backend`; in its place, "module:Class" of any other backend that the worker can import."""
 PARENT_CHECK_S = 5.0
 _ALIGNMENT = 64
