@@ -308,6 +308,7 @@ def _make_sft_policy(run: _Run, spec: "EnvSpec") -> None:
                     noise_window=recipe.demo_noise_window,
                     max_speed=recipe.demo_max_speed,
                     max_steps=recipe.demo_max_steps,
+                    trailing_steps=recipe.demo_trailing_steps,
                     seed=rl.seed,
                     progress=Progress("demonstrations", "episode"),
                 )

@@ -34,6 +34,7 @@ class RecipeArguments:
     demo_noise_window: int = option(20, DEMOS, "noise is on or off in windows of so many steps; 0: always on")
     demo_max_speed: float = option(1.0, DEMOS, "largest component of the experts' own actions; below 1 they are slow")
     demo_max_steps: int = option(150, DEMOS, "steps after which an attempt is given up")
+    demo_trailing_steps: int = option(0, DEMOS, "steps recorded after success, in which the expert holds still")
 
     sft_steps: int = option(800, SFT, "optimiser steps")
     sft_batch_size: int = option(64, SFT, "samples per step")
@@ -58,6 +59,7 @@ class RecipeArguments:
             "demo_noise_window": (self.demo_noise_window >= 0, "0 or more"),
             "demo_max_speed": (0 < self.demo_max_speed <= 1, "above 0 and at most 1"),
             "demo_max_steps": (self.demo_max_steps >= 1, "at least 1"),
+            "demo_trailing_steps": (self.demo_trailing_steps >= 0, "0 or more"),
             "sft_learning_rate": (self.sft_learning_rate > 0, "above 0"),
             "lora_rank": (self.lora_rank >= 0, "0 or more"),
             "lora_alpha": (self.lora_alpha > 0, "above 0"),
