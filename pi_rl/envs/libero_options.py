@@ -105,7 +105,7 @@ def groups() -> dict[str, tuple[str, ...]]:
 
 
 def asset_places() -> dict[str, Path]:
-    """Where meshes, textures and scenes are looked for when no option says it, in that order: what it is, and where."""
+    """Where assets are looked for when no option says it, in that order: what the place is, and its folder."""
     given = os.environ.get(ASSETS_VARIABLE)
     places = {f"the environment variable {ASSETS_VARIABLE}": Path(given)} if given else {}
     return {
@@ -183,8 +183,8 @@ class LiberoOptions:
         cameras = [self.cameras] if isinstance(self.cameras, str) else list(self.cameras)
         if not cameras or len(set(cameras)) < len(cameras) or not set(cameras) <= set(CAMERA_KEYS):
             raise ValueError(f"cameras must be one or both of {', '.join(CAMERA_KEYS)}, got {self.cameras!r}")
-        if not 0 <= self.settle_steps <= 1000:
-            raise ValueError(f"settle_steps must be in 0 to 1000 (LeRobot: {SETTLE_STEPS}), got {self.settle_steps}")
+        if not 1 <= self.settle_steps <= 1000:
+            raise ValueError(f"settle_steps must be in 1 to 1000 (LeRobot: {SETTLE_STEPS}), got {self.settle_steps}")
         if self.max_episode_steps is not None and self.max_episode_steps < 1:
             raise ValueError(f"max_episode_steps must be at least 1 (or None), got {self.max_episode_steps}")
         check_reward(self.reward)
