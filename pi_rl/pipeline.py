@@ -342,7 +342,7 @@ def _create_small_policy(run: _Run, spec: "EnvSpec") -> Path:
         chunk_size=recipe.chunk_size,
         n_action_steps=rl.n_action_steps or recipe.chunk_size,
         denoising_steps=rl.denoising_steps,
-        instructions=spec.instructions,
+        instructions=spec.sentences(),
         output_dir=run.folder / "init",
         seed=rl.seed,
         **recipe.small_model_sizes,

@@ -70,6 +70,22 @@ class EnvSpec:
             return self.instructions[task]
         return self.instruction_of(task, state_id, solved)
 
+    def sentences(self, states: int = 1000) -> tuple[str, ...]:
+        """Returns the different instructions of each task's first evaluation states: what a tokenizer must know.
+
+        Args:
+            states: How many states are looked at.
+        """
+        if self.instruction_of is None:
+            return self.instructions
+        told = (
+            self.instruction_of(task, state_id, solved)
+            for task in range(len(self.tasks))
+            for state_id in range(min(states, self.eval_states))
+            for solved in range(self.subtasks)
+        )
+        return tuple(dict.fromkeys(told))
+
 
 @dataclass
 class ChunkResult:

@@ -108,6 +108,10 @@ def test_the_instruction_is_the_tasks_unless_the_episode_says_more():
     assert SPEC.instruction(1, 7) == "push"
     told = replace(SPEC, subtasks=3, instruction_of=lambda task, state, solved: f"{task}, {state}, {solved}")
     assert told.instruction(1, 7, 2) == "1, 7, 2"
+    assert told.sentences(2) == ("0, 0, 0", "0, 0, 1", "0, 0, 2", "0, 1, 0", "0, 1, 1", "0, 1, 2",
+                                 "1, 0, 0", "1, 0, 1", "1, 0, 2", "1, 1, 0", "1, 1, 1", "1, 1, 2")  # fmt: skip
+    assert replace(told, instruction_of=lambda *_: "do it").sentences() == ("do it",)
+    assert SPEC.sentences() == ("reach", "push")
 
 
 def test_training_states_exist_whatever_the_number_of_evaluation_states():
