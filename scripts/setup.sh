@@ -202,7 +202,7 @@ add_backports() {
         return 0
     fi
     mirror=$(grep -rhsoE '(URIs: *|^deb +(\[[^]]*\] +)?)https?://[^ ]+/debian/?( |$)' /etc/apt/sources.list /etc/apt/sources.list.d |
-        grep -oE 'https?://[^ ]+' | head -n 1)
+        grep -oE 'https?://[^ ]+' | head -n 1 || true)
     [ -n "$mirror" ] || return 0
     [ "$(id -u)" -eq 0 ] || sudo=(sudo -n)
     printf 'deb %s %s main\n' "$mirror" "$BACKPORTS" | "${sudo[@]}" tee "$sources" >/dev/null || true
