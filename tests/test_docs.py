@@ -13,6 +13,7 @@ import torch
 from pi_rl import FlowGRPOConfig, FlowGRPOTrainer, FlowPPOConfig, FlowPPOTrainer, RecipeArguments
 from pi_rl.envs.metaworld_options import MetaWorldOptions
 from pi_rl.rl.losses import clipped_surrogate
+from pi_rl.rollout.summary import summarize_episodes
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -91,7 +92,8 @@ def test_every_metric_is_documented_and_no_other(mlp_folder, tmp_path):
     ) | logged_keys(FlowGRPOTrainer, FlowGRPOConfig, mlp_folder, tmp_path / "grpo", group_size=2)
     possible = logged | keys_in_the_source()
     assert {"loss", "eval_return", "policy/noise_level", "rollout/reward_scale", "groups/informative"} <= logged
-    assert documented_keys() == possible
+    grouped = summarize_episodes(["<task>"], [True], [1.0], [1.0], {"<group>": ["<task>"]})
+    assert documented_keys() == possible | {f"eval_{name}" for name in grouped.metrics()}
 
 
 def test_the_table_of_kl_clip_and_largest_ratio_follows_from_a_gaussian_log_ratio():

@@ -19,7 +19,7 @@ class EpisodeResults:
     """Outcome of evaluation episodes, in the order of their initial states.
 
     Attributes:
-        tasks: Task names.
+        spec: Of the environment.
         reset_ids: (n, 2) task index and state id of each episode.
         success: (n,) bool.
         length: (n,) environment steps.
@@ -27,7 +27,7 @@ class EpisodeResults:
         failed: (n,) bool, the simulator broke down, also when the episode was tried again; these count as unsolved.
     """
 
-    tasks: tuple[str, ...]
+    spec: EnvSpec
     reset_ids: np.ndarray
     success: np.ndarray
     length: np.ndarray
@@ -35,16 +35,17 @@ class EpisodeResults:
     failed: np.ndarray
 
     @classmethod
-    def empty(cls, tasks: tuple[str, ...], reset_ids: np.ndarray) -> "EpisodeResults":
+    def empty(cls, spec: EnvSpec, reset_ids: np.ndarray) -> "EpisodeResults":
         """Results to be filled in."""
         n = len(reset_ids)
         numbers = np.zeros(n, bool), np.zeros(n, np.int64), np.zeros(n), np.zeros(n, bool)
-        return cls(tasks, reset_ids, *numbers)
+        return cls(spec, reset_ids, *numbers)
 
     def summary(self) -> EvalSummary:
-        """Success rate with interval, episode length and return, in total and per task."""
-        names = [self.tasks[task] for task in self.reset_ids[:, 0]]
-        return summarize_episodes(names, self.success.tolist(), self.length.tolist(), self.returns.tolist())
+        """Success rate with interval, episode length and return, in total, per task and per group of tasks."""
+        names = [self.spec.tasks[task] for task in self.reset_ids[:, 0]]
+        outcome = (self.success.tolist(), self.length.tolist(), self.returns.tolist())
+        return summarize_episodes(names, *outcome, self.spec.task_groups)
 
 
 def evaluation_ids(spec: EnvSpec, episodes: int) -> np.ndarray:
@@ -108,7 +109,7 @@ def evaluate_policy(
         Success, length and return of the n episodes, in the order of ``reset_ids``. An episode whose simulator breaks
         down is tried once more.
     """
-    results = EpisodeResults.empty(env.spec.tasks, reset_ids)
+    results = EpisodeResults.empty(env.spec, reset_ids)
     if len(reset_ids) == 0:
         return results
     was_training = model.training

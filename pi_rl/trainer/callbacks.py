@@ -91,10 +91,12 @@ class IterationReport(TrainerCallback):
 
 def evaluation_line(logs: dict[str, float]) -> str:
     """One line for an evaluation's metrics."""
-    paid = _return_part(logs["eval_success_rate"], logs["eval_return"])
+    parts = _return_part(logs["eval_success_rate"], logs["eval_return"])
+    if "eval_success_rate_mean_of_groups" in logs:
+        parts.insert(0, f"mean of groups {logs['eval_success_rate_mean_of_groups']:.3f}")
     return (
         f"  evaluation: success {logs['eval_success_rate']:.3f} "
-        f"[{logs['eval_ci95_low']:.2f}, {logs['eval_ci95_high']:.2f}], {''.join(f'{part}, ' for part in paid)}"
+        f"[{logs['eval_ci95_low']:.2f}, {logs['eval_ci95_high']:.2f}], {''.join(f'{part}, ' for part in parts)}"
         f"length {logs['eval_episode_length']:.1f}, {int(logs['eval_n_episodes'])} episodes, "
         f"{logs['eval_runtime']:.1f} s"
     )

@@ -31,6 +31,7 @@ from pi_rl.rollout.evaluator import EpisodeResults, evaluate_policy, evaluation_
 from pi_rl.rollout.policy_io import PolicyIO
 from pi_rl.rollout.randomness import shuffle_seed
 from pi_rl.rollout.rollout import Rollout
+from pi_rl.rollout.zero_success import warn_about_zero_success
 from pi_rl.trainer.build import build_actor_critic, load_model
 from pi_rl.trainer.callbacks import IterationReport
 from pi_rl.trainer.checkpointing import CheckpointedTrainer
@@ -407,21 +408,13 @@ class FlowTrainer(CheckpointedTrainer):
 
         Returns:
             ``{prefix}_success_rate`` with its 95 % interval, ``_n_episodes``, ``_episode_length``, ``_return`` (mean
-            sum of rewards), per-task rates.
+            sum of rewards), the rates of tasks and groups of tasks, and the mean of the groups where there are some.
         """
         started = time.perf_counter()
         self.last_evaluation = self.evaluation_results()
-        summary = self.last_evaluation.summary()
-        metrics = {
-            "success_rate": summary.success_rate,
-            "ci95_low": summary.ci95[0],
-            "ci95_high": summary.ci95[1],
-            "episode_length": summary.mean_episode_length,
-            "return": summary.mean_return,
-            "n_episodes": float(summary.n_episodes),
-            "runtime": time.perf_counter() - started,
-        }
-        metrics.update({f"success_rate/{task}": part.success_rate for task, part in summary.per_task.items()})
+        if self.state.global_step == 0 and self.args.process_index == 0:
+            warn_about_zero_success(self.last_evaluation, self._loaded, self.actor_critic.policy)
+        metrics = {**self.last_evaluation.summary().metrics(), "runtime": time.perf_counter() - started}
         named = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log({**named, "env_steps": float(self.env_steps)})
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, named)
@@ -444,8 +437,7 @@ class FlowTrainer(CheckpointedTrainer):
         for row, values in zip(outcome, (local.success, local.length, local.returns, local.failed), strict=True):
             row[mine] = torch.from_numpy(values.astype(np.float64))
         success, length, returns, failed = self.reduce(outcome).numpy()
-        tasks = self.env.spec.tasks
-        return EpisodeResults(tasks, ids, success > 0.5, length.astype(np.int64), returns, failed > 0.5)
+        return EpisodeResults(self.env.spec, ids, success > 0.5, length.astype(np.int64), returns, failed > 0.5)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds the iteration's reduced metrics, episode statistics and phase times to a training log."""
