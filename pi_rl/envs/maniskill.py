@@ -6,7 +6,8 @@ ManiSkill, SAPIEN and torch are imported when the first simulator is made, not w
 import importlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -185,6 +186,27 @@ class ManiSkillScene:
         solved = info["success"].bool()
         return solved, info["fail"].bool() if "fail" in info else torch.zeros_like(solved), self._attached(info)
 
+    @contextmanager
+    def kept(self, rows: Sequence[int]) -> Iterator[None]:
+        """Puts environments back afterwards to where they were: a batch is only ever simulated as a whole.
+
+        Args:
+            rows: Environments, of B.
+        """
+        import torch
+
+        if len(rows) == 0:
+            yield
+            return
+        index = torch.as_tensor(rows, device=self.env.device)
+        physics = _cloned(self.env.scene.get_sim_state())
+        controller = _cloned(self.env.agent.get_controller_state())
+        yield
+        self.env.set_state_dict(_rows_of(physics, index), index)
+        now = self.env.agent.get_controller_state()
+        if now:
+            self.env.agent.set_controller_state(_merged(now, controller, index))
+
     def states(self) -> Any:
         """`observation.state`, torch float32 (B, state_dim)."""
         return self._state(self.env)
@@ -218,6 +240,21 @@ class ManiSkillScene:
     def close(self) -> None:
         """Frees the scene."""
         self.env.close()
+
+
+def _cloned(tree: Any) -> Any:
+    return {key: _cloned(value) for key, value in tree.items()} if isinstance(tree, dict) else tree.clone()
+
+
+def _rows_of(tree: Any, index: Any) -> Any:
+    return {key: _rows_of(value, index) for key, value in tree.items()} if isinstance(tree, dict) else tree[index]
+
+
+def _merged(tree: Any, other: Any, index: Any) -> Any:
+    """The tensors of `tree` with those rows taken from `other`."""
+    if isinstance(tree, dict):
+        return {key: _merged(value, other[key], index) for key, value in tree.items()}
+    return tree.index_copy(0, index, other[index])
 
 
 def _cut(images: Any, aspect: float) -> Any:
