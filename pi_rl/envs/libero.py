@@ -171,7 +171,7 @@ class _Scene:
         self._view = mujoco.MjData(self.model)
         self.settled: dict[int, _Moment] = {}
         self._active: LiberoSim | None = None
-        self._renderers: dict[tuple[int, int, bool], CameraRenderer] = {}
+        self._renderers: dict[tuple[int, int, bool, bool], CameraRenderer] = {}
         self.users = 0
         self._reset_randomly(0)
 
@@ -244,7 +244,7 @@ class _Scene:
         sim.clock = ObservationClock(*moment.clock)
         sim.seen = moment.seen
 
-    def draw(self, seen: Seen, camera: str, out: NDArray[np.uint8], *, fast: bool) -> None:
+    def draw(self, seen: Seen, camera: str, out: NDArray[np.uint8], *, fast: bool, hide_arm: bool) -> None:
         """Draws what a camera saw, turned by 180 degrees as LeRobot turns it (OpenGL's rows begin at the bottom)."""
         mujoco, model, view = self.mujoco, self.model, self._view
         view.qpos[:] = seen.qpos
@@ -253,19 +253,26 @@ class _Scene:
         mujoco.mj_camlight(model, view)
         now = model.site_rgba.copy()
         model.site_rgba[:] = seen.site_rgba
-        renderer = self._renderer(*out.shape[:2], fast=fast)
+        renderer = self._renderer(*out.shape[:2], fast=fast, hide_arm=hide_arm)
         renderer.render(view, out[:, ::-1], self.cameras[camera])
         model.site_rgba[:] = now
 
-    def _renderer(self, height: int, width: int, *, fast: bool) -> CameraRenderer:
-        """The renderer of that size; besides the policy's only the last one is kept, each holds all textures."""
-        key = (height, width, fast)
+    def _renderer(self, height: int, width: int, *, fast: bool, hide_arm: bool) -> CameraRenderer:
+        """The renderer of that kind; besides the policy's only the last one is kept, each holds all textures."""
+        key = (height, width, fast, hide_arm)
         if key not in self._renderers:
-            keep = (*self.options.size, self.options.fast_rendering)
+            keep = (*self.options.size, self.options.fast_rendering, self.options.hide_arm)
             for other in [other for other in self._renderers if other != keep]:
                 self._renderers.pop(other).close()
             self._renderers[key] = CameraRenderer(
-                self.model, 0, height, width, fast=fast, mirror=False, hidden=None, hidden_groups=(COLLISION_GROUP,)
+                self.model,
+                0,
+                height,
+                width,
+                fast=fast,
+                mirror=False,
+                hidden=_arm_geoms(self.model) if hide_arm else None,
+                hidden_groups=(COLLISION_GROUP,),
             )
         return self._renderers[key]
 
@@ -387,7 +394,7 @@ class LiberoSim:
             if scene.options.blind:
                 out[...] = MID_GREY
             else:
-                scene.draw(self.seen, camera, out, fast=scene.options.fast_rendering)
+                scene.draw(self.seen, camera, out, fast=scene.options.fast_rendering, hide_arm=scene.options.hide_arm)
 
     def frame(self, height: int, width: int, *, show_arm: bool) -> NDArray[np.uint8]:
         """Draws the agent view for a video, full quality, also when the policy is blind.
@@ -395,14 +402,15 @@ class LiberoSim:
         Args:
             height: Pixels.
             width: Pixels.
-            show_arm: No matter: LIBERO's arm is always drawn.
+            show_arm: Draw the arm; if not, it is as in the policy's images.
 
         Returns:
             uint8 (height, width, 3).
         """
         out = np.empty((height, width, 3), np.uint8)
         self.scene.activate(self)
-        self.scene.draw(self.seen, "agentview", out, fast=False)
+        hide_arm = self.scene.options.hide_arm and not show_arm
+        self.scene.draw(self.seen, "agentview", out, fast=False, hide_arm=hide_arm)
         return out
 
     def close(self) -> None:
@@ -460,6 +468,12 @@ class LiberoBackend:
         for scene in self._scenes.values():
             scene.close()
         self._scenes.clear()
+
+
+def _arm_geoms(model: Any) -> NDArray[np.int64]:
+    """Geoms of the robot and its pedestal without the hand, whose names have a beginning of their own."""
+    bodies = [model.body(int(body)).name for body in model.geom_bodyid]
+    return np.array([geom for geom, body in enumerate(bodies) if body.startswith(("robot0_", "mount0_"))])
 
 
 def _warn(message: str) -> None:

@@ -127,7 +127,7 @@ class CameraRenderer:
         """Creates the OpenGL context and uploads the model's meshes and textures (0.3 to 1.3 s in software).
 
         Args:
-            model: `mujoco.MjModel` of the simulators; it stays as it is (and is copied if geoms are hidden).
+            model: `mujoco.MjModel` of the simulators; it is left as it was.
             camera: Index of the model's camera that is drawn unless another one is asked for.
             height: Image height in pixels, at least 1.
             width: Image width in pixels, at least 1.
@@ -136,15 +136,12 @@ class CameraRenderer:
             hidden: Indices of geoms that are not drawn, or None.
             hidden_groups: MuJoCo's geom groups that are not drawn, such as collision shapes.
         """
-        import copy
-
         import mujoco
 
         self._mujoco = mujoco
-        self.model = model if hidden is None else copy.copy(model)
+        self.model = model
         self.height, self.width, self._mirror, self._fast = height, width, mirror, fast
-        if hidden is not None:
-            self.model.geom_group[hidden] = mujoco.mjNGROUP - 1  # the last group is off in the default options
+        self._hidden = np.array([], np.int64) if hidden is None else hidden
         self._scene = mujoco.MjvScene(self.model, maxgeom=2000)
         self._options = mujoco.MjvOption()
         self._options.geomgroup[list(hidden_groups)] = 0
@@ -185,8 +182,11 @@ class CameraRenderer:
             raise RuntimeError("this renderer was closed; make a new one")
         mujoco = self._mujoco
         self._camera.fixedcamid = self._default_camera if camera is None else camera
+        groups = self.model.geom_group[self._hidden].copy()
+        self.model.geom_group[self._hidden] = mujoco.mjNGROUP - 1  # the last group is off in the default options
         everything = mujoco.mjtCatBit.mjCAT_ALL
         mujoco.mjv_updateScene(self.model, data, self._options, None, self._camera, everything, self._scene)
+        self.model.geom_group[self._hidden] = groups
         if self._fast:
             self._scene.flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
             self._scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
