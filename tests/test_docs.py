@@ -57,7 +57,7 @@ def keys_in_the_source() -> set[str]:
         for path in (ROOT / "pi_rl" / folder).glob("*.py"):
             found |= set(re.findall(r'"((?:policy|critic|groups|rollout|time)/[^"]+)"', path.read_text()))
     found = {key.replace("{task}", "<task>") for key in found}
-    found.remove("policy/{name}")
+    found -= {"policy/{name}", "rollout/{name}"}
     one = torch.ones(1, 1)
     return found | {f"policy/{name}" for name in clipped_surrogate(one, one, torch.ones(1), 0.2)[1]}
 
