@@ -405,7 +405,7 @@ def _report(run: _Run, trainer: Any, policy_path: str | Path, before: Any, after
     from pi_rl.hub.film import film_before_after
     from pi_rl.hub.model_card import write_model_card
     from pi_rl.hub.plots import plot_learning_curve
-    from pi_rl.hub.results import RunResults, results_table, write_results
+    from pi_rl.hub.results import RunResults, results_table, short_name, write_results
 
     folder, rl, recipe = run.folder, run.rl, run.recipe
     results = RunResults(
@@ -428,7 +428,7 @@ def _report(run: _Run, trainer: Any, policy_path: str | Path, before: Any, after
     plot_learning_curve(
         trainer.state.log_history,
         folder / "learning_curve.png",
-        title=f"{recipe.env}, {rl.noise}, seed {rl.seed}",
+        title=f"{short_name(recipe.env)}, {rl.noise}, seed {rl.seed}",
         sft_baseline=results.sft,
         final=results.rl,
     )

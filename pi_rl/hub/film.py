@@ -9,7 +9,20 @@ from pi_rl.hub.videos import side_by_side, write_video
 from pi_rl.rollout.evaluator import record_episode
 from pi_rl.trainer.build import build_actor_critic, load_model
 
-FILM_EVERY, FILM_SLOWER = 2, 4
+DRAWN_PER_SECOND, SHOWN_PER_SECOND = 40, 10
+
+
+def film_timing(fps: int) -> tuple[int, float]:
+    """Which steps are drawn and how much slower than real time they are shown.
+
+    Args:
+        fps: Control steps per second of simulated time.
+
+    Returns:
+        Steps between frames, and the slowdown, at least 1.
+    """
+    every = max(1, fps // DRAWN_PER_SECOND)
+    return every, max(1.0, fps / every / SHOWN_PER_SECOND)
 
 
 def film_before_after(trainer: Any, sft_path: str | Path, before: Any, after: Any, path: Path) -> Path:
@@ -29,10 +42,11 @@ def film_before_after(trainer: Any, sft_path: str | Path, before: Any, after: An
     """
     turned = np.flatnonzero(~before.success & after.success)
     reset_id = before.reset_ids[turned[0] if len(turned) else 0]
-    args = trainer.args
+    args, spec = trainer.args, trainer.env.spec
+    every, slower = film_timing(spec.fps)
     original = build_actor_critic(load_model(sft_path, args, None), args).to(args.device)
     clips = [
-        record_episode(model, trainer.env, trainer.io, reset_id, seed=args.eval_seed, every=FILM_EVERY)
+        record_episode(model, trainer.env, trainer.io, reset_id, seed=args.eval_seed, every=every)
         for model in (original, trainer.actor_critic)
     ]
     (first, first_success), (second, second_success) = clips
@@ -41,7 +55,7 @@ def film_before_after(trainer: Any, sft_path: str | Path, before: Any, after: An
         second,
         success_before=first_success,
         success_after=second_success,
-        steps_per_frame=FILM_EVERY,
-        caption=f"{trainer.env.spec.instructions[reset_id[0]]} ({FILM_SLOWER}x slower)",
+        steps_per_frame=every,
+        caption=spec.instruction(*reset_id.tolist()) + (f" ({slower:g}x slower)" if slower > 1 else ""),
     )
-    return write_video(frames, path, fps=trainer.env.spec.fps / FILM_EVERY / FILM_SLOWER)
+    return write_video(frames, path, fps=spec.fps / every / slower)

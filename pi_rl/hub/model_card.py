@@ -7,7 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pi_rl.hub.results import RunResults, format_minutes, results_rows_markdown, runs_table, summary_parts
+from pi_rl.hub.results import (
+    RunResults,
+    format_minutes,
+    results_rows_markdown,
+    runs_table,
+    short_name,
+    summary_parts,
+)
 from pi_rl.rollout.summary import TaskSummary
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
@@ -74,7 +81,7 @@ def write_model_card(
     config = _policy_config(target)
     if base_model is not None and license is None:
         raise ValueError(f"The weights derive from {base_model}; give the licence of that model.")
-    name = title or f"{config['type']} on {env_name}, {results.noise}"
+    name = title or f"{config['type']} on {short_name(env_name)}, {results.noise}"
     card_data = _card_data(results, env_name, name, base_model, dataset, license or "apache-2.0")
     card = ModelCard.from_template(
         card_data,

@@ -14,6 +14,7 @@ from pi_rl.rollout.summary import EvalSummary, TaskSummary
 
 RESULTS_NAME = "results.json"
 MEAN_OF_GROUPS = "mean of groups"
+_LONGEST_NAME = 48
 _RUN_HEAD = ["sampler", "sight", "seed", "SFT", "SFT + RL", "gain"]
 _RUN_TAIL = ["episode length", "env steps", "minutes"]
 _RESULTS_HEAD = ["policy", "task", "success [95 %]", "episodes", "episode length", "env steps"]
@@ -106,6 +107,12 @@ def read_results(path: str | Path) -> RunResults:
         return RunResults.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except ValueError as error:
         raise ValueError(f"{file} is not a results file of this package: {error}") from error
+
+
+def short_name(env_name: str) -> str:
+    """An environment's name for a heading: a long list of tasks becomes their number."""
+    simulator, _, tasks = env_name.partition(":")
+    return env_name if len(env_name) <= _LONGEST_NAME else f"{simulator}, {tasks.count(',') + 1} tasks"
 
 
 def format_success(summary: TaskSummary) -> str:

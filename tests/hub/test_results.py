@@ -11,6 +11,7 @@ from pi_rl.hub.results import (
     results_rows_markdown,
     results_table,
     runs_table,
+    short_name,
     write_results,
 )
 from pi_rl.rollout.summary import wilson_interval
@@ -123,3 +124,8 @@ def test_gain_and_total(results):
     assert results.gain == pytest.approx(0.3)
     assert results.total_minutes == pytest.approx(5.75)
     assert RunResults.from_dict(results.to_dict()) == results
+
+
+def test_long_lists_of_tasks_are_counted_in_headings():
+    assert short_name("metaworld:handle-press-v3,coffee-button-v3") == "metaworld:handle-press-v3,coffee-button-v3"
+    assert short_name("metaworld:" + ",".join(["button-press-topdown-v3"] * 3)) == "metaworld, 3 tasks"

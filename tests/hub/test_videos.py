@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pi_rl.hub.film import film_timing
 from pi_rl.hub.videos import side_by_side, write_gif, write_video
 
 
@@ -89,3 +90,8 @@ def test_outcome_appears_only_when_the_episode_is_over():
 def test_side_by_side_needs_two_labels():
     with pytest.raises(ValueError, match="two"):
         side_by_side(episode(2), episode(2), success_before=True, success_after=True, labels=("one",))
+
+
+@pytest.mark.parametrize(("fps", "every", "slower"), [(80, 2, 4), (20, 1, 2), (5, 1, 1), (60, 1, 6)])
+def test_films_are_slow_enough_to_see_whatever_the_control_rate(fps, every, slower):
+    assert film_timing(fps) == (every, slower)
