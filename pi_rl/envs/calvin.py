@@ -28,6 +28,8 @@ MID_GREY = 127
 PHYSICS_HZ = 240.0
 CONTROL_HZ = 30
 OPEN, CLOSED = 1.0, -1.0
+EGL_LOADS = 20
+"""Episodes after which the simulator is made anew: the EGL plugin keeps what it drew, 5 MB an episode and more."""
 BLOCKS = ("block_red", "block_blue", "block_pink")
 """Order of the blocks in a scene's state; the scenes' files list them in other orders."""
 
@@ -59,6 +61,7 @@ class PlayTable:
         self._module.get_git_commit_hash = lambda path: ""  # a checkout without its .git folder will do
         self.environment: Any = None
         self.owner: object = None
+        self._loads = 0
         self._cameras: dict[str, Any] = {}
 
     def oracle(self) -> Any:
@@ -76,6 +79,8 @@ class PlayTable:
             FileNotFoundError: A configuration file is missing.
         """
         configuration = self._configuration(scene)
+        if self._options.egl and self._loads == EGL_LOADS:
+            self.close()
         if self.environment is None:
             self.environment = self._module.PlayTableSimEnv(
                 robot_cfg=configuration.robot,
@@ -90,6 +95,7 @@ class PlayTable:
                 control_freq=CONTROL_HZ,
             )
         self._rebuild(configuration)
+        self._loads += 1
         self.owner = owner
 
     def _rebuild(self, configuration: Any) -> None:
@@ -149,7 +155,7 @@ class PlayTable:
         if self.environment is not None:
             self.environment.close()
             self.environment.ownsPhysicsClient = False  # it closes itself again when it is collected
-        self.environment, self.owner, self._cameras = None, None, {}
+        self.environment, self.owner, self._cameras, self._loads = None, None, {}, 0
 
 
 def _imported(name: str) -> Any:
