@@ -45,7 +45,7 @@ class EpisodeResults:
         """Success rate with interval, episode length and return, in total, per task and per group of tasks."""
         names = [self.spec.tasks[task] for task in self.reset_ids[:, 0]]
         outcome = (self.success.tolist(), self.length.tolist(), self.returns.tolist())
-        return summarize_episodes(names, *outcome, self.spec.task_groups)
+        return summarize_episodes(names, *outcome, self.spec.task_groups, self.spec.subtasks)
 
 
 def evaluation_ids(spec: EnvSpec, episodes: int) -> np.ndarray:
@@ -86,6 +86,7 @@ def evaluate_policy(
     *,
     seed: int = 0,
     denoising_steps: int | None = None,
+    batch_size: int | None = None,
     progress: ProgressFn | None = None,
     on_episode: Callable[[EpisodeResults, int], None] | None = None,
 ) -> EpisodeResults:
@@ -102,6 +103,8 @@ def evaluate_policy(
         reset_ids: (n, 2) task index and state id.
         seed: Seed of the flow's initial noise.
         denoising_steps: K of the ODE; the sampler's by default.
+        batch_size: As for :func:`ode_actions`; with it the result does not depend on the number of environments
+            either, nor on which episodes run together.
         progress: Called as ``progress(episodes done, n, text)``.
         on_episode: Called as ``on_episode(results, i)`` when episode i has ended and its row is complete.
 
@@ -122,7 +125,15 @@ def evaluate_policy(
         actions = np.zeros((env.num_envs, io.n_action_steps, env.spec.action_dim), np.float32)
         running = reset_ids[queue.episode[rows]]
         actions[rows] = ode_actions(
-            model, io, observation, rows, running, queue.chunk[rows], seed=seed, denoising_steps=denoising_steps
+            model,
+            io,
+            observation,
+            rows,
+            running,
+            queue.chunk[rows],
+            seed=seed,
+            denoising_steps=denoising_steps,
+            batch_size=batch_size,
         )
         result = env.step_chunk(actions, queue.episode >= 0)
         queue.chunk[rows] += 1
@@ -206,6 +217,7 @@ def ode_actions(
     *,
     seed: int,
     denoising_steps: int | None = None,
+    batch_size: int | None = None,
 ) -> np.ndarray:
     """Actions (n, C, A) of the deterministic policy for n rows of an observation.
 
@@ -218,7 +230,18 @@ def ode_actions(
         chunk: (n,) chunks that each of these episodes has executed.
         seed: Seed of the flow's initial noise.
         denoising_steps: K of the ODE; the sampler's by default.
+        batch_size: Every pass of the network gets so many rows, filled up by repetition: matrix products of another
+            shape round otherwise, and with one shape a row's actions do not depend on its neighbours. None passes
+            all n rows at once.
     """
+    if batch_size is not None:
+        parts = []
+        for start in range(0, len(rows), batch_size):
+            part = np.arange(start, min(start + batch_size, len(rows)))
+            full = np.resize(part, batch_size)
+            inputs = model, io, observation, rows[full], reset_ids[full], chunk[full]
+            parts.append(ode_actions(*inputs, seed=seed, denoising_steps=denoising_steps)[: len(part)])
+        return np.concatenate(parts)
     policy = model.policy
     prefix = model("encode", batch=io.batch(observation, rows))
     noise = chunk_noise(
@@ -241,6 +264,7 @@ def record_episode(
     reset_id: np.ndarray,
     *,
     seed: int = 0,
+    batch_size: int | None = None,
     size: tuple[int, int] = (240, 240),
     every: int = 1,
 ) -> tuple[np.ndarray, bool]:
@@ -252,6 +276,7 @@ def record_episode(
         io: Processors around the policy.
         reset_id: (2,) task index and state id.
         seed: Seed of the flow's initial noise, as in :func:`evaluate_policy`.
+        batch_size: As in :func:`evaluate_policy`; with the same one the episode is the evaluated one.
         size: Height and width of the frames in pixels.
         every: Environment steps between frames.
 
@@ -265,7 +290,7 @@ def record_episode(
     frames = [env.render(rows, *size)[0]]
     chunk, steps = np.zeros(1, np.int64), 0
     while True:
-        actions = ode_actions(model, io, observation, rows, reset_id[None], chunk, seed=seed)
+        actions = ode_actions(model, io, observation, rows, reset_id[None], chunk, seed=seed, batch_size=batch_size)
         for step in range(actions.shape[1]):
             single = np.zeros((env.num_envs, 1, env.spec.action_dim), np.float32)
             single[0] = actions[0, step]
