@@ -23,7 +23,8 @@ README = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 BASES = {"base", "pi0", "pi05", "maniskill"}
 SFT = [path for path in FILES if path.parent.name == "sft" and path.stem not in BASES]
-RL = [path for path in FILES if path.parent.name != "sft" and path.stem not in BASES and "quickstart" not in path.stem]
+OURS = [path for path in FILES if path.stem.startswith(("quickstart", "small_"))]  # not the paper's
+RL = [path for path in FILES if path.parent.name != "sft" and path.stem not in BASES and path not in OURS]
 PAPER = yaml.load((ROOT / "tests/data/paper_tables.yaml").read_text(encoding="utf-8"), Loader=ConfigLoader)
 REFERENCE = yaml.load((ROOT / "tests/data/reference_settings.yaml").read_text(encoding="utf-8"), Loader=ConfigLoader)
 NOISES = ("flow_sde", "flow_noise")
