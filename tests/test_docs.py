@@ -92,7 +92,7 @@ def test_every_metric_is_documented_and_no_other(mlp_folder, tmp_path):
     ) | logged_keys(FlowGRPOTrainer, FlowGRPOConfig, mlp_folder, tmp_path / "grpo", group_size=2)
     possible = logged | keys_in_the_source()
     assert {"loss", "eval_return", "policy/noise_level", "rollout/reward_scale", "groups/informative"} <= logged
-    grouped = summarize_episodes(["<task>"], [True], [1.0], [1.0], {"<group>": ["<task>"]})
+    grouped = summarize_episodes(["<task>"], [True], [1.0], [5.0], {"<group>": ["<task>"]}, subtasks=5)
     assert documented_keys() == possible | {f"eval_{name}" for name in grouped.metrics()}
 
 

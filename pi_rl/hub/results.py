@@ -187,6 +187,11 @@ def _results_rows(results: RunResults) -> list[list[str]]:
     for name, summary, steps in (("SFT", results.sft, "0"), ("SFT + RL", results.rl, f"{results.env_steps:,}")):
         rows.append(_summary_row(name, "all", summary, steps))
         rows += [_summary_row("", part, row, "") for part, row in summary_parts(summary).items()]
+        if (solved := summary.sequences) is not None:
+            shares = " / ".join(f"{share:.3f}" for share in solved.in_a_row)
+            length = f"{solved.average_length:.3f} [{solved.ci95[0]:.2f}, {solved.ci95[1]:.2f}]"
+            rows.append(["", f"solved of {len(solved.in_a_row)}", length, "", "", ""])
+            rows.append(["", "at least 1, 2, …", shares, "", "", ""])
     rows.append(["gain", "", f"{results.gain:+.3f}", "", "", ""])
     before, after = results.sft.mean_of_groups, results.rl.mean_of_groups
     if before is not None and after is not None:

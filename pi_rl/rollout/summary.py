@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from pi_rl.rollout.sequences import SequenceSummary, summarize_sequences
+
 
 def wilson_interval(successes: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson score interval of a binomial proportion.
@@ -65,10 +67,12 @@ class EvalSummary(TaskSummary):
     Attributes:
         per_task: Summary of each task, keyed by task name.
         per_group: Summary of the episodes of each group of tasks, such as "easy"; empty where there are no groups.
+        sequences: How far episodes got that consist of several subtasks; None where they do not.
     """
 
     per_task: dict[str, TaskSummary] = field(default_factory=dict)
     per_group: dict[str, TaskSummary] = field(default_factory=dict)
+    sequences: SequenceSummary | None = None
 
     @property
     def mean_of_tasks(self) -> TaskSummary | None:
@@ -95,6 +99,8 @@ class EvalSummary(TaskSummary):
         }
         if self.mean_of_groups is not None:
             metrics["success_rate_mean_of_groups"] = self.mean_of_groups.success_rate
+        if self.sequences is not None:
+            metrics |= self.sequences.metrics()
         parts = self.per_group | self.per_task
         return metrics | {f"success_rate/{name}": part.success_rate for name, part in parts.items()}
 
@@ -115,7 +121,12 @@ class EvalSummary(TaskSummary):
         def parts(kind: str) -> dict[str, TaskSummary]:
             return {name: TaskSummary(**_summary_fields(row)) for name, row in data.get(kind, {}).items()}
 
-        return EvalSummary(**_summary_fields(data), per_task=parts("per_task"), per_group=parts("per_group"))
+        return EvalSummary(
+            **_summary_fields(data),
+            per_task=parts("per_task"),
+            per_group=parts("per_group"),
+            sequences=SequenceSummary.from_dict(data["sequences"]) if data.get("sequences") else None,
+        )
 
 
 def mean_summary(parts: Sequence[TaskSummary]) -> TaskSummary:
@@ -151,6 +162,7 @@ def summarize_episodes(
     lengths: Sequence[float],
     returns: Sequence[float],
     task_groups: Mapping[str, Sequence[str]] | None = None,
+    subtasks: int = 1,
 ) -> EvalSummary:
     """Summary of n evaluation episodes, over all, per task and per group of tasks.
 
@@ -160,6 +172,7 @@ def summarize_episodes(
         lengths: Environment steps of each episode.
         returns: Sum of rewards of each episode.
         task_groups: Task names of each group; groups without an episode are left out.
+        subtasks: What an episode consists of; where there are several, its return is how many were solved.
 
     Raises:
         ValueError: If there are no episodes or the sequences differ in length.
@@ -177,7 +190,8 @@ def summarize_episodes(
     per_task = {task: part([task]) for task in dict.fromkeys(tasks)}
     groups = {group: set(members) & set(tasks) for group, members in (task_groups or {}).items()}
     per_group = {group: part(members) for group, members in groups.items() if members}
-    return EvalSummary(**_episode_numbers(rows), per_task=per_task, per_group=per_group)
+    sequences = summarize_sequences(returns, subtasks) if subtasks > 1 else None
+    return EvalSummary(**_episode_numbers(rows), per_task=per_task, per_group=per_group, sequences=sequences)
 
 
 def _episode_numbers(episodes: Sequence[tuple[bool, float, float]]) -> dict[str, Any]:

@@ -94,6 +94,8 @@ def evaluation_line(logs: dict[str, float]) -> str:
     parts = _return_part(logs["eval_success_rate"], logs["eval_return"])
     if "eval_success_rate_mean_of_groups" in logs:
         parts.insert(0, f"mean of groups {logs['eval_success_rate_mean_of_groups']:.3f}")
+    if "eval_average_length" in logs:
+        parts = [f"average length {logs['eval_average_length']:.3f}"]
     return (
         f"  evaluation: success {logs['eval_success_rate']:.3f} "
         f"[{logs['eval_ci95_low']:.2f}, {logs['eval_ci95_high']:.2f}], {''.join(f'{part}, ' for part in parts)}"
