@@ -54,7 +54,9 @@ class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         """Returns what an array is made with."""
         if (module, name) not in _NUMPY_PICKLE:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, and a file of initial states holds arrays only")
+            raise pickle.UnpicklingError(
+                f"it asks for {module}.{name}, and a file of initial states holds arrays only"
+            )
         return super().find_class(module.replace("numpy.core", "numpy._core"), name)
 
 
@@ -302,6 +304,7 @@ class LiberoSim:
         expert: The scripted expert's phase, reset with the episode.
         steps: Steps since the reset.
         reward: Of the last step, under the option `reward`.
+        solved: Whether the task is solved now.
     """
 
     data: Any
@@ -317,6 +320,7 @@ class LiberoSim:
         self.expert = libero_experts.Phase()
         self.steps = 0
         self.reward = 0.0
+        self.solved = False
         self._task_reward = TaskReward(scene.options.reward)
         self._pads = [scene.model.geom(name).id for name in PADS]
         self._robot = scene.model.body("robot0_base").id
@@ -340,7 +344,7 @@ class LiberoSim:
                 self._advance(HOLD_STILL)
             scene.settled[number] = scene.moment(self)
         scene.restore(self, scene.settled[number])
-        self.steps = 0
+        self.steps, self.solved = 0, False
         self.expert = libero_experts.Phase()
         self._task_reward.reset(attached=self._attached())
 
@@ -364,9 +368,9 @@ class LiberoSim:
         self.scene.activate(self)
         self._advance(np.clip(action.astype(np.float64), -1.0, 1.0))
         self.steps += 1
-        solved = bool(self.scene.env._check_success())
-        self.reward = float(self._task_reward.step(solved, self._attached()))
-        return solved
+        self.solved = bool(self.scene.env._check_success())
+        self.reward = float(self._task_reward.step(self.solved, self._attached()))
+        return self.solved
 
     def _attached(self) -> bool:
         """Whether both finger pads press on one thing that can move; only asked for if it is paid."""
@@ -379,6 +383,11 @@ class LiberoSim:
                 if pad in self._pads:
                     pressed[self._pads.index(pad)].add(int(model.body_weldid[model.geom_bodyid[other]]))
         return any(body and model.body_rootid[body] != self._robot for body in pressed[0] & pressed[1])
+
+    @property
+    def hand(self) -> NDArray[np.float64]:
+        """Where the hand is now, (3,) in metres; observations are a physics step older."""
+        return self.scene.control.hand
 
     @property
     def state(self) -> NDArray[np.float32]:

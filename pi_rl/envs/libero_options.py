@@ -22,6 +22,7 @@ STATE_DIM = 8
 ACTION_DIM = 7
 FPS = 20
 INITIAL_STATES = 50
+TASKS_PER_SUITE = 10
 SETTLE_STEPS = 10
 
 ASSETS_VARIABLE = "PI_RL_LIBERO_ASSETS"
@@ -94,13 +95,13 @@ def _instruction(stem: str) -> str:
 
 
 def task_names() -> tuple[str, ...]:
-    """All task names: `spatial-0` to `spatial-9`, then object, goal and long."""
-    return tuple(tasks())
+    """All task names, known without LIBERO: `spatial-0` to `spatial-9`, then object, goal and long."""
+    return tuple(name for suite in SUITES for name in groups()[suite])
 
 
 def groups() -> dict[str, tuple[str, ...]]:
     """The suites by our names; `10` is LIBERO's own name of the long one."""
-    suites = {suite: tuple(name for name, task in tasks().items() if task.suite == suite) for suite in SUITES}
+    suites = {suite: tuple(f"{suite}-{number}" for number in range(TASKS_PER_SUITE)) for suite in SUITES}
     return {**suites, "10": suites["long"]}
 
 

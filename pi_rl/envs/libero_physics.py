@@ -127,6 +127,11 @@ class ArmControl:
         self._wrapped._data = data
 
     @property
+    def hand(self) -> NDArray[np.float64]:
+        """Position between the finger tips, (3,) in metres."""
+        return self.data.site_xpos[self._site].copy()
+
+    @property
     def memory(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """What the control remembers between steps: the orientation it holds, and the gripper's gradual command."""
         return np.array(self.controller.goal_ori), np.array(self._gripper.current_action)

@@ -5,7 +5,7 @@ import difflib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from pi_rl.envs import calvin_options, gymnasium_env, maniskill_options, metaworld_options, toy
+from pi_rl.envs import calvin_options, gymnasium_env, libero_options, maniskill_options, metaworld_options, toy
 from pi_rl.envs.vector_env import EnvSpec, VectorEnv
 from pi_rl.envs.workers import WorkerVectorEnv
 
@@ -55,6 +55,13 @@ def _make_maniskill(
     return _in_workers("maniskill")(spec, options, num_envs, num_workers)
 
 
+def _make_libero(
+    spec: EnvSpec, options: libero_options.LiberoOptions, num_envs: int, num_workers: int | None
+) -> WorkerVectorEnv:
+    assets = str(libero_options.find_assets(options.assets))  # missing files are told before workers start
+    return WorkerVectorEnv(spec, "libero", {**vars(options), "assets": assets}, num_envs, num_workers)
+
+
 def _make_calvin(
     spec: EnvSpec, options: calvin_options.CalvinOptions, num_envs: int, num_workers: int | None
 ) -> WorkerVectorEnv:
@@ -81,6 +88,14 @@ SIMULATORS = {
         gymnasium_env.make_spec,
         lambda spec, options, num_envs, _: gymnasium_env.GymnasiumVectorEnv(spec, options, num_envs),
         is_known=gymnasium_env.is_known,
+    ),
+    "libero": Simulator(
+        "spatial-0",
+        libero_options.LiberoOptions,
+        libero_options.task_names,
+        libero_options.make_spec,
+        _make_libero,
+        groups=libero_options.groups,
     ),
     "maniskill": Simulator(
         "PickCube-v1",

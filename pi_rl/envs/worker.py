@@ -26,6 +26,7 @@ from pi_rl.envs.vector_env import ExpertEpisode, ExpertRequest
 
 BACKENDS = {
     "calvin": "pi_rl.envs.calvin:CalvinBackend",
+    "libero": "pi_rl.envs.libero:LiberoBackend",
     "maniskill": "pi_rl.envs.maniskill:ManiSkillBackend",
     "metaworld": "pi_rl.envs.metaworld:MetaWorldBackend",
 }
