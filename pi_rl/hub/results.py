@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pi_rl.rollout.sequences import SequenceSummary
 from pi_rl.rollout.summary import EvalSummary, TaskSummary
 
 RESULTS_NAME = "results.json"
@@ -137,7 +138,7 @@ def results_table(results: RunResults, *, markdown: bool = False) -> str:
     Returns:
         The table followed by sampler, seed and the minutes per stage.
     """
-    table = results_rows_markdown(results) if markdown else _aligned(_RESULTS_HEAD, _results_rows(results))
+    table = results_rows_markdown(results) if markdown else aligned_table(_RESULTS_HEAD, _results_rows(results))
     sight = "blind control: constant image" if results.blind else "sighted"
     notes = f"{results.noise}, seed {results.seed}, {sight}\nminutes: {format_minutes(results.minutes)}"
     return f"{table}\n\n{notes}" if markdown else f"{table}\n{notes}"
@@ -163,7 +164,7 @@ def runs_table(runs: Sequence[RunResults], *, markdown: bool = False) -> str:
     grouped = any(run.rl.per_group for run in runs)
     head = [*_RUN_HEAD, *([MEAN_OF_GROUPS] if grouped else []), *_RUN_TAIL]
     rows = [_run_row(run, grouped=grouped) for run in runs]
-    return _markdown(head, rows) if markdown else _aligned(head, rows)
+    return _markdown(head, rows) if markdown else aligned_table(head, rows)
 
 
 def _run_row(run: RunResults, *, grouped: bool) -> list[str]:
@@ -187,16 +188,20 @@ def _results_rows(results: RunResults) -> list[list[str]]:
     for name, summary, steps in (("SFT", results.sft, "0"), ("SFT + RL", results.rl, f"{results.env_steps:,}")):
         rows.append(_summary_row(name, "all", summary, steps))
         rows += [_summary_row("", part, row, "") for part, row in summary_parts(summary).items()]
-        if (solved := summary.sequences) is not None:
-            shares = " / ".join(f"{share:.3f}" for share in solved.in_a_row)
-            length = f"{solved.average_length:.3f} [{solved.ci95[0]:.2f}, {solved.ci95[1]:.2f}]"
-            rows.append(["", f"solved of {len(solved.in_a_row)}", length, "", "", ""])
-            rows.append(["", "at least 1, 2, …", shares, "", "", ""])
+        if summary.sequences is not None:
+            rows += [["", name, text, "", "", ""] for name, text in sequence_rows(summary.sequences)]
     rows.append(["gain", "", f"{results.gain:+.3f}", "", "", ""])
     before, after = results.sft.mean_of_groups, results.rl.mean_of_groups
     if before is not None and after is not None:
         rows.append(["", MEAN_OF_GROUPS, f"{after.success_rate - before.success_rate:+.3f}", "", "", ""])
     return rows
+
+
+def sequence_rows(solved: SequenceSummary) -> list[tuple[str, str]]:
+    """Average length with its interval, and the shares of episodes that solved at least 1, 2, … subtasks in a row."""
+    length = f"{solved.average_length:.3f} [{solved.ci95[0]:.2f}, {solved.ci95[1]:.2f}]"
+    shares = " / ".join(f"{share:.3f}" for share in solved.in_a_row)
+    return [(f"solved of {len(solved.in_a_row)}", length), ("at least 1, 2, …", shares)]
 
 
 def summary_parts(summary: EvalSummary) -> dict[str, TaskSummary]:
@@ -211,7 +216,8 @@ def _summary_row(name: str, task: str, summary: TaskSummary, env_steps: str) -> 
     return [name, task, format_success(summary), str(summary.n_episodes), length, env_steps]
 
 
-def _aligned(head: list[str], rows: list[list[str]]) -> str:
+def aligned_table(head: list[str], rows: list[list[str]]) -> str:
+    """A table as text, its columns padded to equal width."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [head, *rows]]
     lines.insert(1, "  ".join("-" * width for width in widths))
