@@ -17,7 +17,8 @@ from pi_rl.envs.registry import check_name_and_options, make_env, parse_name
 from pi_rl.envs.vector_env import TRAIN_STATE_OFFSET
 from pi_rl.envs.workers import WorkerVectorEnv
 
-STANDIN = Path(__file__).parent / "calvin_standin"
+ROOT = Path(__file__).parents[2]
+STANDIN = ROOT / "tests" / "envs" / "calvin_standin"
 STATE = "observation.state"
 AXES = {
     "move_slider_left": (0, 1), "move_slider_right": (0, -1), "open_drawer": (1, 1), "close_drawer": (1, -1),
@@ -298,6 +299,13 @@ def test_what_is_missing_is_named_with_the_commands_that_install_it(monkeypatch,
 OLD_PYTHON = "#!/bin/sh\necho '[[3, 8, 10], []]'\n"
 
 
+def test_the_page_has_the_commands_of_the_messages():
+    page = (ROOT / "docs" / "calvin.md").read_text(encoding="utf-8")
+    commands = [line for line in calvin_install.INSTALL.splitlines() if line.startswith("    ")]
+    assert len(commands) == 4
+    assert all(command in page for command in commands)
+
+
 def test_a_module_that_cannot_be_imported_is_named(monkeypatch, tmp_path):
     for part in ("calvin_models", "calvin_env/conf", "calvin_env/data"):
         (tmp_path / part).parent.mkdir(exist_ok=True)
@@ -323,7 +331,64 @@ def test_another_interpreter_does_not_see_this_ones_packages(calvin):
     (report,) = env.worker_reports()
     assert not {"torch", "lerobot", "mujoco", "gymnasium"} & set(report["modules"])
     environment = Path(f"/proc/{report['pid']}/environ").read_text().split("\0")
-    assert not any(entry.startswith("PYTHONPATH=") and str(STANDIN.parents[2]) in entry for entry in environment)
+    assert not any(entry.startswith("PYTHONPATH=") and str(ROOT) in entry for entry in environment)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "recipes/configs/calvin").glob("pi*.yaml")), ids=lambda path: path.stem
+)
+def test_the_recipes_name_what_exists(path):
+    from pi_rl.arguments import parse_recipe_arguments
+    from pi_rl.recipe_arguments import RecipeArguments
+    from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
+
+    recipe, rl = parse_recipe_arguments(
+        (RecipeArguments, FlowPPOConfig), default_config=path, argv=["--use_cpu", "true"]
+    )
+    spec = check_name_and_options(recipe.env, recipe.env_options)
+    assert spec.max_episode_steps == rl.rollout_chunks * rl.n_action_steps
+    assert rl.eval_episodes == spec.eval_states
+
+
+@pytest.mark.slow
+def test_a_policy_is_trained_and_evaluated(tmp_path):
+    """One iteration of PPO, and an evaluation whose average length is what the scripted episodes would count."""
+    from pi_rl.policies.small.create import create_small_policy
+    from pi_rl.trainer.flow_ppo_config import FlowPPOConfig
+    from pi_rl.trainer.flow_ppo_trainer import FlowPPOTrainer
+
+    options = {"static_size": 32, "gripper_size": 32, "max_episode_steps": 40, "steps_per_subtask": 20}
+    spec = check_name_and_options("calvin:abc_d", options)
+    assert set(spec.sentences()) == {sequences_of(None).sentence(subtask) for subtask in AXES}
+    policy = create_small_policy(
+        "pi0",
+        cameras=spec.cameras,
+        state_dim=spec.state_dim,
+        action_dim=spec.action_dim,
+        image_size=32,
+        chunk_size=5,
+        n_action_steps=5,
+        denoising_steps=2,
+        instructions=spec.sentences(),
+        output_dir=tmp_path / "policy",
+        seed=0,
+    )
+    args = FlowPPOConfig(
+        output_dir=str(tmp_path / "run"), use_cpu=True, num_iterations=1, num_envs=2, rollout_chunks=8, seed=0,
+        per_device_train_batch_size=8, update_epochs=1, noise="flow_sde", eval_episodes=4, disable_tqdm=True,
+    )  # fmt: skip
+    trainer = FlowPPOTrainer(str(policy), args, "calvin:abc_d", options)
+    try:
+        trainer.train()
+        metrics = trainer.evaluate()
+    finally:
+        trainer.close()
+    logged = [entry for entry in trainer.state.log_history if "rollout/return" in entry]
+    assert len(logged) == 1
+    shares = [metrics[f"eval_in_a_row/{position}"] for position in range(1, 6)]
+    assert sum(shares) == pytest.approx(metrics["eval_average_length"])
+    assert metrics["eval_average_length"] == metrics["eval_return"]
+    assert shares[4] == metrics["eval_success_rate"] == metrics["eval_success_rate/abc_d"]
 
 
 @pytest.fixture
