@@ -159,10 +159,10 @@ def launch_command(script: str, words: Sequence[str]) -> str:
         script: Recipe, such as ``"recipes/sft.py"``.
         words: Its arguments.
     """
-    return shlex.join(["accelerate", "launch", script, *map(_without_folder, words)])
+    return shlex.join(["accelerate", "launch", script, *map(without_folder, words)])
 
 
-def _without_folder(word: str) -> str:
+def without_folder(word: str) -> str:
     """A path that begins at the root, the user's or a parent folder, by its last part; other words unchanged."""
     option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
     path = Path(value)
