@@ -51,7 +51,7 @@ def zero_success_message(results: EpisodeResults, loaded: LoadedPolicy, policy: 
         f"horizon: episodes end after {spec.max_episode_steps} steps (max_episode_steps).",
     )
     return (
-        f"{name} solved none of {len(results.success)} evaluation episodes in {spec.name} before training "
+        f"{name} solved none of {len(results.success)} evaluation episodes in {spec.name} "
         f"(mean return {results.returns.mean():.3g}). Reinforcement learning with a reward for success cannot start "
         "from there. Usual causes:" + "".join(f"\n  - {cause}" for cause in causes)
     )
