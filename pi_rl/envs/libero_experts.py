@@ -42,7 +42,18 @@ def _bowl(side: float = -1.0, **changes: float) -> Plan:
     return Plan("akita_black_bowl_1_main", "plate_1_main", (0.0, 0.045 * side, 0.025), drop=0.05, **changes)
 
 
-PLANS = {f"spatial-{number}": _bowl() for number in range(10)}
+PLANS = {
+    "spatial-0": _bowl(),
+    "spatial-1": _bowl(side=1.0),
+    "spatial-2": _bowl(),
+    "spatial-3": _bowl(),
+    "spatial-4": _bowl(side=1.0, clearance=0.35),
+    "spatial-5": _bowl(),
+    "spatial-6": _bowl(side=1.0),
+    "spatial-7": _bowl(),
+    "spatial-8": _bowl(),
+    "spatial-9": _bowl(clearance=0.35),
+}
 """Tasks that have an expert."""
 
 
