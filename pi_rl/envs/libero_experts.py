@@ -13,7 +13,7 @@ REACH_M = 0.05
 """Displacement of an action of 1."""
 GAIN = 1.6
 OPEN, CLOSED = -1.0, 1.0
-CLOSE_STEPS, OPEN_STEPS = 9, 5
+CLOSE_STEPS, LOWER_STEPS, OPEN_STEPS = 9, 45, 5
 NEAR_M = 0.012
 LOST_M = 0.12
 
@@ -47,7 +47,6 @@ PLANS = {
     "spatial-1": _bowl(side=1.0),
     "spatial-2": _bowl(),
     "spatial-3": _bowl(),
-    "spatial-4": _bowl(side=1.0, clearance=0.35),
     "spatial-5": _bowl(),
     "spatial-6": _bowl(side=1.0),
     "spatial-7": _bowl(),
@@ -120,7 +119,7 @@ def _advance(
         phase.enter("carry")
     elif phase.name == "carry" and np.linalg.norm((thing - target)[:2]) < NEAR_M:
         phase.enter("lower")
-    elif phase.name == "lower" and hand[2] < target[2] + plan.drop + NEAR_M / 2:
+    elif phase.name == "lower" and (hand[2] < target[2] + plan.drop + NEAR_M / 2 or phase.steps >= LOWER_STEPS):
         phase.enter("open")
     elif phase.name == "open" and phase.steps >= OPEN_STEPS:
         phase.enter("above")
