@@ -4,14 +4,11 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-BRIDGE_SOURCE = (
-    "`python -m mani_skill.utils.download_asset bridge_v2_real2sim` (the data set "
-    "haosulab/ManiSkill_bridge_v2_real2sim on the Hugging Face Hub)"
-)
-ROBOT_SOURCE = "`python -m mani_skill.utils.download_asset widowx250s` (github.com/haosulab/ManiSkill-WidowX250S)"
+BRIDGE_SOURCE = "`pi-rl assets maniskill` (the data set haosulab/ManiSkill_bridge_v2_real2sim on the Hugging Face Hub)"
+ROBOT_SOURCE = "`pi-rl assets maniskill` (github.com/haosulab/ManiSkill-WidowX250S, v0.2.0)"
 CARROT_SOURCE = (
-    "the folder `carrot` of the data set RLinf/maniskill_assets on the Hugging Face Hub (or of "
-    "github.com/gen-robot/RL4VLA); put it there, or set MANISKILL_ASSET_DIR to the folder that holds it"
+    "`pi-rl assets maniskill` (the folder `carrot` of the data set RLinf/maniskill_assets on the Hugging Face Hub or "
+    "of github.com/gen-robot/RL4VLA); MANISKILL_ASSET_DIR names another folder that holds `carrot`"
 )
 VISUALS = ("textured.obj", "textured.dae", "textured.glb")
 """Names that the visual mesh of a model may have, in the order they are looked for."""

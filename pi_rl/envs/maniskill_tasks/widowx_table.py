@@ -13,7 +13,6 @@ from pi_rl.envs.maniskill_tasks.benchmark import (
     Benchmark,
     one_plate,
 )
-from pi_rl.envs.maniskill_tasks.files import BRIDGE_SOURCE, ROBOT_SOURCE
 from pi_rl.envs.maniskill_tasks.task import ManiSkillTask
 
 MAX_EPISODE_STEPS = 48
@@ -21,7 +20,10 @@ MAX_EPISODE_STEPS = 48
 SIMPLER_STATES = 24
 _BRIDGE = "data/tasks/bridge_v2_real2sim_dataset"
 _ROBOT = "data/robots/widowx/wx250s.urdf"
-_SOURCE = f"Get them by {BRIDGE_SOURCE} and {ROBOT_SOURCE}."
+_SOURCE = (
+    "Get them by `pi-rl assets maniskill`: the data set haosulab/ManiSkill_bridge_v2_real2sim on the Hugging Face Hub "
+    "and github.com/haosulab/ManiSkill-WidowX250S."
+)
 
 _WIDOWX: dict[str, Any] = {
     "control_mode": "arm_pd_ee_target_delta_pose_align2_gripper_pd_joint_pos",
