@@ -264,6 +264,26 @@ def test_metaworld_recipes_name_tasks_and_options_that_exist(path):
     assert len(spec.tasks) == (45 if "ml45" in path.stem else 50)
 
 
+@pytest.mark.parametrize("path", [path for path in RL if path.parent.name == "libero"], ids=name)
+def test_libero_recipes_name_suites_and_options_that_exist(path):
+    from pi_rl.envs.registry import check_name_and_options
+
+    recipe = parse(path).recipe
+    spec = check_name_and_options(recipe.env, recipe.env_options)
+    assert {task.partition("-")[0] for task in spec.tasks} == {path.stem.split("_")[1]}
+    assert parse(path).rl.eval_episodes == len(spec.tasks) * spec.eval_states
+
+
+@pytest.mark.parametrize("path", [path for path in RL if path.parent.name == "calvin"], ids=name)
+def test_calvin_recipes_name_options_that_exist_and_all_evaluation_states(path):
+    from pi_rl.envs.registry import check_name_and_options
+
+    parsed = parse(path)
+    spec = check_name_and_options(parsed.recipe.env, parsed.recipe.env_options)
+    assert spec.max_episode_steps == parsed.rl.rollout_chunks * parsed.rl.n_action_steps
+    assert parsed.rl.eval_episodes == spec.eval_states == 1000
+
+
 @pytest.mark.parametrize("path", FILES, ids=name)
 def test_a_file_holds_only_what_differs_from_its_base(path):
     own = read(path)

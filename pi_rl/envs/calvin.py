@@ -62,6 +62,7 @@ class PlayTable:
         self.environment: Any = None
         self.owner: object = None
         self._loads = 0
+        self._configurations: dict[str, Any] = {}  # by scene
         self._cameras: dict[str, Any] = {}
 
     def oracle(self) -> Any:
@@ -78,7 +79,9 @@ class PlayTable:
         Raises:
             FileNotFoundError: A configuration file is missing.
         """
-        configuration = self._configuration(scene)
+        if scene not in self._configurations:
+            self._configurations[scene] = self._configuration(scene)
+        configuration = self._configurations[scene]
         if self._options.egl and self._loads == EGL_LOADS:
             self.close()
         if self.environment is None:

@@ -94,7 +94,7 @@ class Scene:
 
 
 class StaticCamera:
-    """Its image tells what it sees, the pictures drawn since the process began, the scene and where the blocks are."""
+    """Its image tells what it sees, how many pictures and simulators the process made, the scene and the blocks."""
 
     drawn = 0
 
@@ -104,12 +104,15 @@ class StaticCamera:
         self.name, self.width, self.height = name, width, height
 
     def render(self):
+        from calvin_env.envs.play_table_env import PlayTableSimEnv
+
         StaticCamera.drawn += 1
         robot, scene = TOUCHED
         image = np.zeros((self.height, self.width, 3), np.uint8)
         image[...] = np.uint8(np.clip(100 + 100 * robot.state[:3], 0, 255))
         image[0, 0] = StaticCamera.drawn % 256
         image[0, 1] = ord(scene.table[0])
+        image[0, 5] = PlayTableSimEnv.made
         for column, name in enumerate(("block_red", "block_blue", "block_pink")):
             image[0, 2 + column] = int(10 * scene.poses[name][0])
         return image, None

@@ -15,6 +15,8 @@ def get_git_commit_hash(path):
 
 
 class PlayTableSimEnv:
+    made = 0
+
     def __init__(
         self,
         robot_cfg,
@@ -34,6 +36,7 @@ class PlayTableSimEnv:
         assert bullet_time_step == 240.0
         assert not WORLDS, "a second simulator in one process"
         WORLDS.append(self)
+        PlayTableSimEnv.made += 1
         self.p, self.cid, self.ownsPhysicsClient = self, 0, True
         self.seed(seed)
         self.robot = hydra.utils.instantiate(robot_cfg, cid=self.cid)
