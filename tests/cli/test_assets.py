@@ -173,6 +173,7 @@ def test_maniskill_arrives_from_three_sources(tmp_path, monkeypatch):
     assert not any(command._place(source, None)[1] for source in sources.SOURCES if source.simulator == "maniskill")
 
 
+@pytest.mark.slow
 def test_an_archive_with_another_checksum_is_not_unpacked(tmp_path):
     with serve(maniskill_server(zipped(BRIDGE))) as url:
         done = run(url, "assets", "maniskill", "--yes", "--dir", tmp_path, code=driver(url, "0" * 64))
