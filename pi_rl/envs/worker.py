@@ -92,7 +92,7 @@ class Layout:
 
 
 class Worker:
-    """Simulators of one process: some of the environments, and one per task for scripted experts."""
+    """Simulators of one process: some of the environments, and one for scripted experts."""
 
     def __init__(self, backend: Backend, layout: Layout, arrays: dict[str, NDArray[Any]], max_episode_steps: int):
         """Starts without simulators; resets make them.
@@ -109,7 +109,7 @@ class Worker:
         self._max_episode_steps = max_episode_steps
         self._slots: dict[int, tuple[int, Sim]] = {}  # environment -> task index, simulator
         self._idle: list[tuple[int, Sim]] = []  # task index, simulator; the least recently used first
-        self._experts: dict[int, Sim] = {}
+        self._expert: tuple[int, Sim] | None = None  # task index, simulator of the last expert
         self._made = 0
         self.commands: dict[str, Callable[..., Any]] = {
             "reset": self.reset,
@@ -128,9 +128,22 @@ class Worker:
             self._idle.append(self._slots.pop(slot))
         sim = self._take_idle(task) or self._make(task)
         self._slots[slot] = (task, sim)
+        self._bound_idle()
+        return sim
+
+    def _expert_simulator(self, task: int) -> Sim:
+        """The last expert's simulator if it is of that task, else an idle or a new one."""
+        if self._expert is None or self._expert[0] != task:
+            if self._expert is not None:
+                self._idle.append(self._expert)
+                self._expert = None
+            self._expert = (task, self._take_idle(task) or self._make(task))
+            self._bound_idle()
+        return self._expert[1]
+
+    def _bound_idle(self) -> None:
         while len(self._idle) > self._backend.max_idle:
             self._idle.pop(0)[1].close()
-        return sim
 
     def _take_idle(self, task: int) -> Sim | None:
         for position, (of_task, sim) in enumerate(self._idle):
@@ -235,9 +248,7 @@ class Worker:
         physics are deterministic, so the second run is the first one.
         """
         task = int(request.task)
-        if task not in self._experts:
-            self._experts[task] = self._make(task)
-        sim = self._experts[task]
+        sim = self._expert_simulator(task)
         noise = _expert_noise(request)
         actions: list[NDArray[np.float32]] = []
         states: list[NDArray[np.float32]] = []

@@ -118,6 +118,16 @@ def test_idle_simulators_are_kept_up_to_the_backends_limit(counters):
     assert env.worker_reports()[0]["simulators"] == 4
 
 
+def test_experts_keep_one_simulator_and_leave_the_last_ones_idle(counters):
+    env = counters(1)
+    for task in (0, 0, 1, 2, 1):
+        list(env.rollout_experts([{"task": task, "state_id": 0, "frames": False}]))
+    # a once; b; c, which closes a; b again, which was idle
+    assert env.worker_reports()[0]["simulators"] == 3
+    env.reset(ids(0, task=2))
+    assert env.worker_reports()[0]["simulators"] == 3
+
+
 def test_trailing_steps_are_recorded_after_success(counters):
     env = counters(1)
     (plain,) = env.rollout_experts([{"task": 0, "state_id": 0}])
