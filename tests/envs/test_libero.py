@@ -284,11 +284,12 @@ def test_missing_assets_name_the_places_and_the_command(tmp_path, monkeypatch):
 @pytest.mark.parametrize("task", ["spatial-0", "goal-7"])
 def test_physics_and_pictures_are_lerobots_to_the_bit(libero, task):
     """The state differs by the rounding of arccos in float32: numpy's and torch's disagree in the last bit."""
+    ours = libero.LiberoBackend([task], {"assets": str(libero_assets())})  # before LeRobot asks for paths
+
     import torch
     from lerobot.envs.libero import LiberoEnv, _get_suite
     from lerobot.processor import LiberoProcessorStep
 
-    ours = libero.LiberoBackend([task], {"assets": str(libero_assets())})
     sim = ours.make(0)
     sim.reset(4)
     suite, _, number = task.partition("-")
