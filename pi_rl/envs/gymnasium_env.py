@@ -1,18 +1,19 @@
-"""Gymnasium environments with vectors as observations and actions, such as Pendulum-v1 and MuJoCo's.
+"""Gymnasium environments by id: what they are like, and those without images, such as Pendulum-v1 and MuJoCo's.
 
-Gymnasium is imported when the first environment is described, not with this module.
+Those with images run in worker processes, see `pi_rl.envs.gymnasium_images`. Gymnasium is imported when the first
+environment is described, not with this module.
 """
 
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pi_rl.envs.in_process import InProcessVectorEnv, StepResult
-from pi_rl.envs.vector_env import EnvSpec
+from pi_rl.envs.vector_env import IMAGE_KEY, EnvSpec
 
 DEFAULT_FPS = 30
 _NO_LIMIT = -1  # Gymnasium's: the limit is kept here, so that it can be told from an end of the simulator's own
@@ -37,6 +38,18 @@ class GymnasiumOptions:
         reserved = sorted({"id", "max_episode_steps", "disable_env_checker"} & set(self.make_kwargs or {}))
         if reserved:
             raise ValueError(f"make_kwargs must not hold {', '.join(reserved)}: pi_rl sets it")
+
+
+class Features(NamedTuple):
+    """Which parts of an observation are what.
+
+    Attributes:
+        state: Key of the state within the observation; None where the observation is the state.
+        cameras: LeRobot feature key to the key of that image within the observation.
+    """
+
+    state: str | None
+    cameras: dict[str, str]
 
 
 def registered_ids() -> tuple[str, ...]:
@@ -69,10 +82,11 @@ def make_spec(name: str, tasks: Sequence[str], options: GymnasiumOptions) -> Env
         The specification.
 
     Raises:
-        ValueError: A space is not a Box of one dimension, actions have no bounds, tasks differ in their spaces or time
-            limits, there is no time limit, or Gymnasium cannot make the environment.
+        ValueError: A space is not supported, actions have no bounds, tasks differ in their spaces or time limits,
+            there is no time limit, or Gymnasium cannot make the environment.
     """
     described = {task: _describe(task, options) for task in tasks}
+    instructions = tuple(description.pop("instruction") for description in described.values())
     first = described[tasks[0]]
     for task, other in described.items():
         if other != first:
@@ -81,31 +95,34 @@ def make_spec(name: str, tasks: Sequence[str], options: GymnasiumOptions) -> Env
                 f"{tasks[0]} and {task} cannot be trained together: they differ in {differing}. Use one of them, or "
                 "set max_episode_steps where only that differs."
             )
-    return EnvSpec(name=name, tasks=tuple(tasks), instructions=tuple(tasks), cameras={}, **first)
+    return EnvSpec(name=name, tasks=tuple(tasks), instructions=instructions, **first)
 
 
 def _describe(task: str, options: GymnasiumOptions) -> dict[str, Any]:
     """The task's own part of the specification."""
     import gymnasium
 
-    env = _make(task, options)  # first: it imports the module that registers a "module:id"
+    env = make_environment(task, options)  # first: it imports the module that registers a "module:id"
     try:
         limit = options.max_episode_steps or gymnasium.spec(task.rpartition(":")[2]).max_episode_steps
         if limit is None:
             raise ValueError(f"{task} has no time limit of its own; set the option max_episode_steps")
-        for kind, space in (("observation", env.observation_space), ("action", env.action_space)):
-            if not isinstance(space, gymnasium.spaces.Box) or len(space.shape) != 1:
-                raise ValueError(
-                    f"the {kind} space of {task} is {space}; only a Box of one dimension is supported. Choose another "
-                    "environment, or register a wrapped version of it."
-                )
+        observed = env.observation_space
+        state_key, cameras = features(observed, task)
+        if not _is_vector(env.action_space):
+            raise ValueError(
+                f"the action space of {task} is {env.action_space}; only a Box of one dimension is supported. Choose "
+                "another environment, or register a wrapped version of it."
+            )
         if not env.action_space.is_bounded():
             raise ValueError(
                 f"the action space of {task} is {env.action_space}; bounds are needed, which explored actions are "
                 "clipped to. Register a version of it in gymnasium.wrappers.TransformAction with a bounded Box."
             )
         return {
-            "state_dim": env.observation_space.shape[0],
+            "instruction": str(getattr(env.unwrapped, "instruction", task)),
+            "cameras": {camera: observed[key].shape[:2] for camera, key in cameras.items()},
+            "state_dim": (observed if state_key is None else observed[state_key]).shape[0],
             "action_dim": env.action_space.shape[0],
             "max_episode_steps": limit,
             "fps": int(env.metadata.get("render_fps", DEFAULT_FPS)),
@@ -116,7 +133,57 @@ def _describe(task: str, options: GymnasiumOptions) -> dict[str, Any]:
         env.close()
 
 
-def _make(task: str, options: GymnasiumOptions) -> Any:
+def _is_vector(space: Any) -> bool:
+    from gymnasium.spaces import Box
+
+    return isinstance(space, Box) and len(space.shape) == 1
+
+
+def features(space: Any, task: str) -> Features:
+    """Finds state and images in an observation space.
+
+    Args:
+        space: A Box of one dimension, which is the state, or a Dict of one such Box and of uint8 images (height,
+            width, 3). A single image is `observation.image`, several are `observation.images.` and their key.
+        task: Name for the message.
+
+    Raises:
+        ValueError: The space is none of these; the message says what it is and what may be done.
+    """
+    import gymnasium
+
+    if _is_vector(space):
+        return Features(None, {})
+    parts = dict(space.spaces) if isinstance(space, gymnasium.spaces.Dict) else {}
+    images = [key for key, part in parts.items() if _is_image(part)]
+    states = [key for key in parts if key not in images]
+    if not images or len(states) != 1 or not _is_vector(parts[states[0]]):
+        raise ValueError(
+            f"the observation space of {task} is {space}; supported are a Box of one dimension, and a Dict of one "
+            "such Box and uint8 images of shape (height, width, 3). Choose another environment, or register a wrapped "
+            "version of it (gymnasium.wrappers.AddRenderObservation adds an image)."
+        )
+    if len(images) == 1:
+        return Features(states[0], {IMAGE_KEY: images[0]})
+    return Features(states[0], {f"observation.images.{key}": key for key in images})
+
+
+def _is_image(space: Any) -> bool:
+    from gymnasium.spaces import Box
+
+    return isinstance(space, Box) and space.dtype == np.uint8 and len(space.shape) == 3 and space.shape[2] == 3
+
+
+def make_environment(task: str, options: GymnasiumOptions) -> Any:
+    """Makes one environment, without Gymnasium's time limit.
+
+    Args:
+        task: Its id, or "module:id".
+        options: The options.
+
+    Raises:
+        ValueError: Gymnasium cannot make it.
+    """
     import gymnasium
 
     try:
@@ -131,7 +198,7 @@ def _make(task: str, options: GymnasiumOptions) -> Any:
 
 
 class GymnasiumVectorEnv(InProcessVectorEnv):
-    """B Gymnasium environments in this process.
+    """B Gymnasium environments without images in this process.
 
     The state id is the seed of Gymnasium's `reset`, which by its contract determines the episode. To the bit this is
     tested for classic control and MuJoCo; other simulators, such as Box2D, may carry something over a reset.
@@ -152,7 +219,7 @@ class GymnasiumVectorEnv(InProcessVectorEnv):
     def _start(self, slots: NDArray[np.int64], tasks: NDArray[np.int64], state_ids: NDArray[np.int64]) -> None:
         for slot, task, state_id in zip(slots.tolist(), tasks.tolist(), state_ids.tolist(), strict=True):
             if (slot, task) not in self._envs:
-                self._envs[slot, task] = _make(self.spec.tasks[task], self._options)
+                self._envs[slot, task] = make_environment(self.spec.tasks[task], self._options)
             self.states[slot], _ = self._envs[slot, task].reset(seed=state_id)
 
     def _advance(self, slots: NDArray[np.int64], actions: NDArray[np.float32]) -> StepResult:

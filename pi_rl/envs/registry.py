@@ -62,6 +62,14 @@ def _make_libero(
     return WorkerVectorEnv(spec, "libero", {**vars(options), "assets": assets}, num_envs, num_workers)
 
 
+def _make_gymnasium(
+    spec: EnvSpec, options: gymnasium_env.GymnasiumOptions, num_envs: int, num_workers: int | None
+) -> VectorEnv:
+    if spec.cameras:
+        return _in_workers("gymnasium")(spec, options, num_envs, num_workers)
+    return gymnasium_env.GymnasiumVectorEnv(spec, options, num_envs)
+
+
 def _make_calvin(
     spec: EnvSpec, options: calvin_options.CalvinOptions, num_envs: int, num_workers: int | None
 ) -> WorkerVectorEnv:
@@ -86,7 +94,7 @@ SIMULATORS = {
         gymnasium_env.GymnasiumOptions,
         gymnasium_env.registered_ids,
         gymnasium_env.make_spec,
-        lambda spec, options, num_envs, _: gymnasium_env.GymnasiumVectorEnv(spec, options, num_envs),
+        _make_gymnasium,
         is_known=gymnasium_env.is_known,
     ),
     "libero": Simulator(

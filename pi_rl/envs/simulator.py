@@ -21,7 +21,7 @@ class Sim(Protocol):
         reward: Of the last step; see `pi_rl.envs.rewards.TaskReward`.
 
     A simulator whose episodes can end without being solved has, besides, an attribute `over: bool`: no step of this
-    episode follows.
+    episode follows. One that truncates episodes itself, time limit aside, says so in an attribute `cut: bool`.
     """
 
     steps: int

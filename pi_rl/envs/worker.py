@@ -27,6 +27,7 @@ from pi_rl.envs.vector_env import ExpertEpisode, ExpertRequest
 BACKENDS = {
     "calvin": "pi_rl.envs.calvin:CalvinBackend",
     "libero": "pi_rl.envs.libero:LiberoBackend",
+    "gymnasium": "pi_rl.envs.gymnasium_images:GymnasiumBackend",
     "maniskill": "pi_rl.envs.maniskill:ManiSkillBackend",
     "metaworld": "pi_rl.envs.metaworld:MetaWorldBackend",
 }
@@ -207,18 +208,19 @@ class Worker:
     def _step_environment(self, slot: int, chunk: int) -> None:
         """Executes a chunk in one environment, up to the end of its episode."""
         arrays, sim = self._arrays, self._slots[slot][1]
-        solved = over = False
+        solved = over = cut = False
         steps = 0
-        while steps < chunk and not over and sim.steps < self._max_episode_steps:
+        while steps < chunk and not (over or cut):
             solved = sim.step(arrays["actions"][slot, steps])
             over = solved or getattr(sim, "over", False)
+            cut = sim.steps >= self._max_episode_steps or getattr(sim, "cut", False)
             if not np.isfinite(sim.reward):
                 raise FloatingPointError(f"the reward of step {sim.steps} is {sim.reward}")
             arrays["rewards"][slot, steps] = sim.reward
             steps += 1
         arrays["steps"][slot] = steps
         arrays["terminated"][slot], arrays["success"][slot] = over, solved
-        arrays["truncated"][slot] = not over and sim.steps >= self._max_episode_steps
+        arrays["truncated"][slot] = cut and not over
         self._observe(slot, sim, draw=not over)  # nobody needs the image of a finished task, and images cost most
 
     def _give_up(self, slot: int) -> None:
@@ -259,7 +261,7 @@ class Worker:
             if success:
                 trailing += 1
             else:
-                action[:3] = np.clip(action[:3] + next(noise), -1.0, 1.0)
+                action[:3] = np.clip(action[:3] + next(noise)[: len(action)], -1.0, 1.0)
             states.append(sim.state)
             actions.append(action)
             success = sim.step(action) or success
@@ -317,12 +319,14 @@ def _expert_noise(request: ExpertRequest) -> Iterator[NDArray[np.float64]]:
 def serve(connection: Connection, memory: mmap.mmap) -> None:
     """Answers commands until told to close, or until the parent process is gone.
 
-    The first message is the configuration (dict: simulator, tasks, options, layout, max_episode_steps). Each later one
-    is (command, arguments); each answer is ("ok", result) or ("error", exception name, message, traceback).
+    The first message is the configuration (dict: simulator, tasks, options, layout, max_episode_steps, path: what to
+    add to `sys.path`). Each later one is (command, arguments); each answer is ("ok", result) or ("error", exception
+    name, message, traceback).
     """
     parent = os.getppid()
     config = connection.recv()
     try:
+        sys.path.extend(entry for entry in config["path"] if entry not in sys.path)
         module, _, name = BACKENDS.get(config["simulator"], config["simulator"]).partition(":")
         backend = getattr(importlib.import_module(module), name)(config["tasks"], config["options"])
     except Exception as error:

@@ -96,7 +96,7 @@ class WorkerVectorEnv(VectorEnv):
         Args:
             spec: Description of the environment.
             simulator: Key of `pi_rl.envs.worker.BACKENDS`, or "module:Class" of a `pi_rl.envs.simulator.Backend`; the
-                module must be importable in the workers (`PYTHONPATH` reaches them, the current directory does not).
+                module must be importable here, or through `PYTHONPATH` by the `python` given.
             options: Plain values for the simulator's backend.
             num_envs: B, at least 1.
             num_workers: Processes; None means one per core. More than `num_envs` are never started.
@@ -133,6 +133,7 @@ class WorkerVectorEnv(VectorEnv):
             "options": dict(options),
             "layout": asdict(layout),
             "max_episode_steps": spec.max_episode_steps,
+            "path": [str(Path(entry).resolve()) for entry in sys.path] if python == sys.executable else [],
         }
         for worker in self._workers:
             self._send(worker, config)
