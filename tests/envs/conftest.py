@@ -35,3 +35,17 @@ def one_worker():
 @pytest.fixture
 def actions():
     return np.random.default_rng(0).uniform(-1, 1, (4, 5, 4)).astype(np.float32)
+
+
+@pytest.fixture(scope="session")
+def maniskill_folder():
+    """ManiSkill's assets. It reads where they are but once, so all tests that run it in this process need this one."""
+    import logging
+
+    from tests.envs.assets import maniskill_assets
+
+    folder = maniskill_assets()
+    os.environ["MS_ASSET_DIR"] = str(folder)
+    os.environ["MANISKILL_ASSET_DIR"] = str(folder / "carrot_root")
+    logging.getLogger("mani_skill").setLevel("ERROR")
+    return folder

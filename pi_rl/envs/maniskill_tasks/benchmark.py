@@ -267,11 +267,8 @@ class Benchmark:
     def models(self, state_id: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Objects and plates that stand on the table, the one in question first: all that a scene is built from."""
         episode = self.episode(state_id)
-        objects, plates = (episode.object,), (episode.plate,)
-        if self.extra == "object":
-            objects += (episode.extra,)
-        if self.extra == "plate":
-            plates += (episode.extra,)
+        objects = (episode.object, episode.extra) if self.extra == "object" else (episode.object,)
+        plates = (episode.plate, episode.extra) if self.extra == "plate" else (episode.plate,)
         return objects, plates
 
     def instruction(self, state_id: int) -> str:

@@ -54,7 +54,7 @@ class PutExpert:
         self._waited = 0
         self._turned = 0.0
         self._turn = self._grasp_turn()
-        self._offset = np.zeros(3)
+        self._offset: Point = np.zeros(3)
         self._held = 0.0
         self._top: Point = np.zeros(3)
         self._end: Point = np.zeros(3)
