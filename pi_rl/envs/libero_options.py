@@ -155,10 +155,11 @@ class LiberoOptions:
     """How LIBERO looks and when an episode is cut. The defaults are LeRobot's environment.
 
     Attributes:
-        image_size: Pixels, one number or (height, width), of every camera. LeRobot uses 256.
+        image_size: Pixels, one number or (height, width), of every camera. LeRobot's data sets have 256;
+            `lerobot-eval` asks for 360 unless told otherwise.
         cameras: Some of "agentview" (`observation.images.image`) and "wrist" (`observation.images.image2`).
         fast_rendering: No reflections and no multisampling: 3 times faster in software, other pixels.
-        hide_arm: The arm and its pedestal are not drawn, hand and fingers are: 3 times faster on top of
+        hide_arm: The arm and its pedestal are not drawn, hand and fingers are: 2.5 times faster on top of
             `fast_rendering`, and nothing is hidden behind the arm.
         settle_steps: Steps in which the robot holds still after a reset, until objects lie.
         max_episode_steps: Steps after which an episode without success is truncated (20 are a second). None takes
