@@ -118,7 +118,7 @@ class InProcessVectorEnv(VectorEnv):
             terminated[slots] = result.terminated & ~broken
             truncated[slots] = cut & ~result.terminated & ~broken
             going[slots] = ~(result.terminated | cut | broken)
-        self.states[failed] = 0.0
+        self.states[failed], rewards[failed] = 0.0, 0.0
         self._running &= ~(terminated | truncated | failed)
         problems = dict.fromkeys(np.flatnonzero(failed).tolist(), "its state or reward is not a finite number")
         self._failures.note(problems, self._ids, terminated | truncated)

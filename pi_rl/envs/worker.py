@@ -157,8 +157,13 @@ class Worker:
         self._made += 1
         return self._backend.make(task)
 
-    def reset(self, slots: list[int]) -> None:
-        """Resets environments to the shared `reset_ids` and writes their first observations."""
+    def reset(self, slots: list[int]) -> dict[int, str]:
+        """Resets environments to the shared `reset_ids` and writes their first observations.
+
+        Returns:
+            What went wrong, by environment: of those that cannot start, not even with a new simulator.
+        """
+        problems: dict[int, str] = {}
         for slot in slots:
             task, state_id = (int(number) for number in self._arrays["reset_ids"][slot])
             try:
@@ -168,7 +173,13 @@ class Worker:
             except Exception:  # the last episode may have broken the simulator
                 traceback.print_exc()
                 self._close(self._slots.pop(slot, (task, None))[1])
-                self._start(slot, task, state_id)
+                try:
+                    self._start(slot, task, state_id)
+                except Exception as error:
+                    traceback.print_exc()
+                    problems[slot] = f"it cannot start: {type(error).__name__}: {error}"
+                    self._close(self._slots.pop(slot, (task, None))[1])
+        return problems
 
     def _start(self, slot: int, task: int, state_id: int) -> None:
         sim = self._simulator(slot, task)
@@ -251,9 +262,32 @@ class Worker:
         """
         task = int(request.task)
         sim = self._expert_simulator(task)
-        noise = _expert_noise(request)
         actions: list[NDArray[np.float32]] = []
         states: list[NDArray[np.float32]] = []
+        try:
+            success = self._act_as_expert(sim, request, actions, states)
+        except (ValueError, FileNotFoundError):
+            raise
+        except Exception:  # one attempt of many: it failed, and so did its simulator
+            traceback.print_exc()
+            success, self._expert = False, None
+            self._close(sim)
+        images = self._replay(sim, request.state_id, actions) if success and request.frames else None
+        length = len(actions)
+        return ExpertEpisode(
+            task=task,
+            state_id=request.state_id,
+            success=success,
+            actions=np.array(actions, np.float32).reshape(length, self._arrays["actions"].shape[2]),
+            states=np.array(states, np.float32).reshape(length, self._arrays["states"].shape[1]),
+            images=images,
+        )
+
+    def _act_as_expert(
+        self, sim: Sim, request: ExpertRequest, actions: list[NDArray[np.float32]], states: list[NDArray[np.float32]]
+    ) -> bool:
+        """Runs an episode, adds its actions and the states before them to the lists; returns whether it succeeded."""
+        noise = _expert_noise(request)
         success, trailing = False, 0
         sim.reset(request.state_id)
         while trailing < request.trailing_steps if success else len(actions) < request.max_steps:
@@ -262,18 +296,13 @@ class Worker:
                 trailing += 1
             else:
                 action[:3] = np.clip(action[:3] + next(noise)[: len(action)], -1.0, 1.0)
-            states.append(sim.state)
+            state = sim.state
+            if not np.isfinite(state).all():
+                raise FloatingPointError(f"the state is not finite: {state.tolist()}")
+            states.append(state)
             actions.append(action)
             success = sim.step(action) or success
-        images = self._replay(sim, request.state_id, actions) if success and request.frames else None
-        return ExpertEpisode(
-            task=task,
-            state_id=request.state_id,
-            success=success,
-            actions=np.stack(actions),
-            states=np.stack(states),
-            images=images,
-        )
+        return success
 
     def _replay(self, sim: Sim, state_id: int, actions: list[NDArray[np.float32]]) -> dict[str, NDArray[np.uint8]]:
         """Images before each action, by camera uint8 (n, H, W, 3)."""

@@ -123,6 +123,7 @@ class WorkerVectorEnv(VectorEnv):
         self._ids = np.zeros((num_envs, 2), np.int64)
         self._paid = np.zeros(num_envs)  # rewards of the running episode
         self._failures = FailureLog(spec, num_envs)
+        self._stillborn: dict[int, str] = {}  # environments whose episode could not start: what went wrong
         self._ever_reset = np.zeros(num_envs, bool)
         self._running = np.zeros(num_envs, bool)
         self._started = False
@@ -148,7 +149,9 @@ class WorkerVectorEnv(VectorEnv):
         array, slots = check_reset(ids, indices, self.num_envs, self.spec)
         self._arrays["reset_ids"][slots] = array
         chosen = set(slots.tolist())
-        self._command("reset", [([slot for slot in mine if slot in chosen],) for mine in self._slots])
+        answers = self._command("reset", [([slot for slot in mine if slot in chosen],) for mine in self._slots])
+        self._stillborn = {slot: problem for slot, problem in self._stillborn.items() if slot not in chosen}
+        self._stillborn.update(_merged(answers))
         self._ids[slots], self._paid[slots] = array, 0.0
         self._running[slots] = self._ever_reset[slots] = True
         return self._observation()
@@ -157,11 +160,13 @@ class WorkerVectorEnv(VectorEnv):
         self, actions: NDArray[np.float32], active: NDArray[np.bool_] | Sequence[bool] | None = None
     ) -> ChunkResult:
         """Executes a chunk; see `VectorEnv.step_chunk`."""
-        mask = check_active(active, self._running)
+        mask = check_active(active, self._running).copy()
         checked = check_actions(actions, mask, self.spec.action_dim, self.spec.max_episode_steps)
         chunk = checked.shape[1]
         shared = self._arrays
         shared["actions"][:, :chunk] = checked
+        stillborn = {slot: problem for slot, problem in self._stillborn.items() if mask[slot]}
+        mask[list(stillborn)] = False
         shared["active"][:] = mask
         answers = self._command("step_chunk", [(mine, chunk) for mine in self._slots])
         self._paid += shared["rewards"][:, :chunk].sum(1)
@@ -170,9 +175,10 @@ class WorkerVectorEnv(VectorEnv):
             rewards=shared["rewards"][:, :chunk].copy(),
             **{name: shared[name].copy() for name in ("terminated", "truncated", "success", "steps", "failed")},
         )
+        result.failed[list(stillborn)] = True
         self._running &= ~result.done
-        problems = {slot: problem for answer in answers for slot, problem in answer.items()}
-        self._failures.note(problems, self._ids, result.terminated | result.truncated)
+        self._ever_reset &= ~result.failed
+        self._failures.note(_merged(answers) | stillborn, self._ids, result.terminated | result.truncated)
         return result
 
     def _observation(self) -> Observation:
@@ -193,7 +199,7 @@ class WorkerVectorEnv(VectorEnv):
             raise ValueError(f"frames must be 1 to 2048 pixels high and wide, got {height} x {width}")
         unknown = [slot for slot in slots.tolist() if not self._ever_reset[slot]]
         if unknown:
-            raise ValueError(f"environments {unknown} were never reset, so there is nothing to draw")
+            raise ValueError(f"environments {unknown} have no episode, running or ended, so there is nothing to draw")
         wanted = [[slot for slot in mine if slot in slots] for mine in self._slots]
         answers = self._command("render", [(mine, height, width, show_arm) for mine in wanted])
         frames = np.empty((len(slots), height, width, 3), np.uint8)
@@ -237,8 +243,9 @@ class WorkerVectorEnv(VectorEnv):
                 if not busy:
                     return
                 for connection in wait(list(busy)):
-                    number, worker = busy.pop(connection)
+                    number, worker = busy[connection]
                     done[number] = self._receive(worker)
+                    del busy[connection]  # not before: an interruption in between leaves an answer to be read
                     idle.append(worker)
                 while yielded in done:
                     yielded += 1
@@ -324,6 +331,11 @@ class WorkerVectorEnv(VectorEnv):
             f"(negative: killed by that signal; -9 is often lack of memory). The environment is closed. "
             f"Its last words:\n{tail}"
         )
+
+
+def _merged(answers: Iterable[Mapping[int, str]]) -> dict[int, str]:
+    """Problems of all workers, by environment."""
+    return {slot: problem for answer in answers for slot, problem in answer.items()}
 
 
 def _anonymous_file(size: int) -> IO[bytes]:

@@ -289,6 +289,14 @@ class RolloutCollector:
             return torch.from_numpy(np.concatenate([getattr(record, name) for record in records], axis=-1))
 
         valid, lost = columns("valid"), columns("lost")
+        rewards, truncated = columns("rewards"), columns("truncated")
+        next_values = np.concatenate([record.next_values() for record in records], axis=-1)
+        if not valid.any():  # a process without any sample could not take part in the update: one counts as no news
+            step, column = lost.nonzero()[0].tolist()
+            valid[step, column], lost[step, column] = True, False
+            truncated[step, column], rewards[step, column] = True, 0.0
+            epoch, env = divmod(column, self.env.num_envs)
+            next_values[step, column] = records[epoch].values[step, 0, env]
         kept = in_order(valid, valid | lost, self.epochs)[:, 0]
         inputs: Any = self._inputs if kept.all() else KeptInputs(self._inputs, kept.nonzero()[:, 0])
 
@@ -305,7 +313,6 @@ class RolloutCollector:
             steps = torch.tensor(list(sampler.stochastic_steps), device=x.device)
             step_index = steps.expand(len(x), -1)
         critic = [sample.critic_input for sample in samples if sample.critic_input is not None]
-        next_values = np.concatenate([record.next_values() for record in records], axis=-1)
         num_envs, groups = self.env.num_envs, self.env.num_envs // self.group_size
         epoch_of = np.repeat(np.arange(self.epochs), num_envs)
         group_of = np.tile(np.arange(num_envs) // self.group_size, self.epochs)
@@ -313,9 +320,9 @@ class RolloutCollector:
         gone = lost.any(0) & ~valid.any(0)  # alone in a group it compares with nobody
         group[gone] = group.max() + 1 + torch.arange(int(gone.sum()))
         return Rollout(
-            rewards=columns("rewards"),
+            rewards=rewards,
             terminated=columns("terminated"),
-            truncated=columns("truncated"),
+            truncated=truncated,
             valid=valid,
             groups=group,
             values=columns("values") if critic else None,

@@ -182,7 +182,7 @@ class _EpisodeQueue:
         if episode in self._tried_again:
             return False
         self._tried_again.add(episode)
-        self._waiting[int(self._task[slot])].insert(0, episode)
+        self._waiting[int(self._task[slot])].append(episode)  # last, so that two bad states do not follow each other
         return True
 
     def next_for(self, slots: np.ndarray) -> np.ndarray:
@@ -297,7 +297,7 @@ def record_episode(
             result = env.step_chunk(single, active)
             observation, steps = result.observation, steps + 1
             ended = bool(result.done[0])
-            if ended or steps % every == 0:
+            if not result.failed[0] and (ended or steps % every == 0):
                 frames.append(env.render(rows, *size)[0])
             if ended:
                 return np.stack(frames), bool(result.success[0])

@@ -28,7 +28,9 @@ def warn_about_zero_success(results: EpisodeResults, loaded: LoadedPolicy, polic
         loaded: The policy and its processors.
         policy: The same policy as rollouts use it.
     """
-    if len(results.success) >= MIN_EPISODES and not results.success.any() and results.spec.cameras:
+    spec = results.spec
+    solved_nothing = not (results.success.any() or (spec.subtasks > 1 and results.returns.any()))
+    if len(results.success) >= MIN_EPISODES and solved_nothing and spec.cameras:
         logger.warning(zero_success_message(results, loaded, policy))
 
 

@@ -14,8 +14,8 @@ class CounterSim:
         self.steps, self.reward, self.total, self.over = 0, 0.0, 0.0, False
 
     def reset(self, state_id):
-        if self.number == 1 and state_id == 13:
-            raise RuntimeError("the first simulator cannot start here")
+        if state_id == 99 or (state_id == 13 and self.number == 1):
+            raise RuntimeError("this simulator cannot start here")
         self.steps, self.reward, self.total, self.over = 0, 0.0, 0.1 * state_id, False
 
     def step(self, action):
@@ -47,6 +47,7 @@ class CounterBackend:
     max_idle = 1
 
     def __init__(self, tasks, options):
+        self.tasks = tasks
         if "missing" in options:
             raise FileNotFoundError(f"{options['missing']} is missing; run this command")
 
@@ -54,6 +55,8 @@ class CounterBackend:
         return CounterSim(task)
 
     def expert_action(self, sim):
+        if sim.total == 1.5:
+            raise OSError("the expert lost its way")
         return np.array([1.0 if sim.total < 3 else 0.0, 0.0, 0.0], np.float32)
 
     def close(self):

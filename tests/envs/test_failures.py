@@ -13,6 +13,7 @@ SPEC = EnvSpec(
     "counter:a,b,c", ("a", "b", "c"), ("do a", "do b", "do c"), CAMERAS, 2, 3, 20, 10, (-9.0,) * 3, (9.0,) * 3
 )
 EXPLODE, NAN_STATE, INF_REWARD = 7, 8, 9
+RAISING, UNSTARTED = 5, 99  # state ids
 
 
 @pytest.fixture
@@ -145,3 +146,34 @@ def test_a_backend_that_misses_files_says_so_plainly(counters):
         env.reset(ids(0, 0))
     with pytest.raises(RuntimeError, match="was closed"):
         env.reset(ids(0, 0))
+
+
+def test_an_episode_that_cannot_start_fails_alone(counters, caplog):
+    env = counters(3, 2)
+    active = np.ones(3, bool)
+    env.reset(ids(0, 99, 2))
+    result = env.step_chunk(chunk(*[[(0.5, 0)] * 2] * 3), active)
+    assert active.all()
+    assert result.failed.tolist() == [False, True, False]
+    assert result.steps.tolist() == [2, 0, 2]
+    assert "environment 1 (a, state 99) broke down: it cannot start: RuntimeError: this simulator" in caplog.text
+    env.reset(ids(1), [1])
+    assert not env.step_chunk(chunk(*[[(0.5, 0)] * 2] * 3)).failed.any()
+
+
+def test_there_is_nothing_to_draw_of_a_broken_environment(counters):
+    env = counters(2)
+    env.reset(ids(0, 0))
+    env.step_chunk(chunk([(0, EXPLODE)] * 2, [(0, 0)] * 2))
+    with pytest.raises(ValueError, match=r"environments \[0\] have no episode"):
+        env.render([0], 8, 8)
+    assert env.render([1], 8, 8).shape == (1, 8, 8, 3)
+
+
+def test_an_expert_that_raises_has_failed_and_the_others_go_on(counters):
+    env = counters(1)
+    attempts = [{"task": "a", "state_id": state} for state in (RAISING, 0, UNSTARTED)]
+    lost, found, unstarted = env.rollout_experts(attempts)
+    assert (lost["success"], found["success"], unstarted["success"]) == (False, True, False)
+    assert lost["actions"].shape == (1, 3)
+    assert unstarted["states"].shape == (0, 2)

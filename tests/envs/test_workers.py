@@ -236,7 +236,7 @@ def test_an_unfinished_expert_iterator_blocks_and_can_be_closed(two_workers):
 
 def test_blind_environments_see_grey_and_never_draw():
     with blind_env(num_workers=1) as env:
-        with pytest.raises(ValueError, match=r"\[0\] were never reset"):
+        with pytest.raises(ValueError, match=r"\[0\] have no episode"):
             env.render([0], 8, 8)
         assert (env.reset(np.array([[0, 1], [0, 2]]))[IMAGE] == 127).all()
         result = env.step_chunk(np.ones((2, 5, 4), np.float32))

@@ -7,6 +7,7 @@ import torch
 from pi_rl import FlowGRPOConfig, FlowGRPOTrainer, FlowPPOConfig, FlowPPOTrainer
 from pi_rl.envs.toy import PointMassEnv, ToyOptions, make_spec
 from pi_rl.flow.chain import Chain
+from pi_rl.rollout.evaluator import record_episode
 
 OPTIONS = ToyOptions(tolerance=0.29, reward="distance", max_episode_steps=12)
 NUM_ENVS, CHUNKS = 4, 6
@@ -122,3 +123,24 @@ def test_an_evaluation_episode_is_tried_again(make):
     assert not always.success[5]
     others = np.arange(12) != 5
     np.testing.assert_array_equal(always.length[others], sound.length[others])
+
+
+@pytest.mark.parametrize("options", [{}, {"trainer": FlowGRPOTrainer, "config": FlowGRPOConfig, "group_size": 2}])
+def test_a_process_that_lost_everything_still_has_a_sample_without_news(make, options):
+    trainer = make(lambda environment, state_id, step: step == 1, **options)
+    trainer.collector.env._failures.note = lambda *_: None  # else three failures in a row end the run
+    rollout = trainer.collector.collect(0)
+    assert rollout.valid.sum() == len(rollout.x) == len(rollout.inputs) == 1
+    row = tuple(rollout.valid.nonzero()[0].tolist())
+    assert rollout.rewards[row] == 0
+    assert rollout.truncated[row]
+    if rollout.values is not None:
+        assert rollout.next_values[row] == rollout.values[row[0], 0, row[1]]
+    trainer.train()
+
+
+def test_filming_a_broken_episode_ends_the_film(make):
+    trainer = make(lambda environment, state_id, step: step == 5)
+    trainer.env.render = lambda rows, height, width: np.zeros((len(rows), height, width, 3), np.uint8)
+    frames, success = record_episode(trainer.actor_critic, trainer.env, trainer.io, np.array([0, 3]), size=(4, 4))
+    assert (len(frames), success) == (5, False)

@@ -81,3 +81,9 @@ def test_the_trainer_warns_before_training_only(small_policy, metaworld_env, tmp
         trainer.state.global_step = 1
         trainer.evaluate()
     assert caplog.text.count("solved none of 10") == 1
+
+
+def test_sequences_that_solve_some_of_their_subtasks_are_no_reason(warned, evaluated):
+    results = evaluated(subtasks=5)
+    results.returns[:] = 3.0
+    assert warned(results) == ""
