@@ -147,7 +147,8 @@ find_renderer() {
 install_system_packages() {
     local problem=$1 sudo=() hint
     shift
-    hint="apt-get update && apt-get install -y --no-install-recommends ${APT_OPTIONS[*]:-} $*"
+    hint="${APT_SOURCE:+echo '$APT_SOURCE' > $APT_SOURCE_FILE && }apt-get update && apt-get install -y"
+    hint+=" --no-install-recommends ${APT_OPTIONS[*]:-} $*"
     if ! command -v apt-get >/dev/null 2>&1; then
         problem+=" (details in .venv/setup.log). Install your system's counterparts of these packages of Debian and Ubuntu"
         fail "$problem: $*. Then run this again."
@@ -160,11 +161,16 @@ install_system_packages() {
         sudo=(sudo -n)
     fi
     say "$problem: installing $*"
+    if [ -n "$APT_SOURCE" ]; then
+        printf '%s\n' "$APT_SOURCE" | "${sudo[@]}" tee "$APT_SOURCE_FILE" >/dev/null
+    fi
     # A failing update of one source need not matter, the installation tells.
     logged "${sudo[@]}" apt-get update -qq || say "apt-get update reported a problem; going on"
     logged "${sudo[@]}" env DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends \
-        ${APT_OPTIONS[@]+"${APT_OPTIONS[@]}"} "$@" ||
+        ${APT_OPTIONS[@]+"${APT_OPTIONS[@]}"} "$@" || {
+        [ -z "$APT_SOURCE" ] || "${sudo[@]}" rm -f "$APT_SOURCE_FILE" # a source that does not answer spoils every update
         fail "apt-get could not install the packages: see the lines above. Run it yourself: $hint"
+    }
 }
 
 # LIBERO's dependencies hold two sources in C++ that are built with cmake.
@@ -194,25 +200,23 @@ logged_quietly() {
 }
 
 # The backports of Debian 12, whose own Mesa is too old; the mirror is the one that the machine already uses.
-add_backports() {
-    local sources=/etc/apt/sources.list.d/pi_rl-backports.list mirror sudo=()
+choose_backports() {
+    local mirror sources=(/etc/apt/sources.list /etc/apt/sources.list.d)
     [ "$(. /etc/os-release && printf '%s' "${VERSION_CODENAME:-}")" = bookworm ] || return 0
-    APT_OPTIONS=(-t "$BACKPORTS")
-    if grep -rqs "$BACKPORTS" /etc/apt/sources.list /etc/apt/sources.list.d; then
-        return 0
+    if ! grep -rqsE "^(deb|Suites:)[^#]*$BACKPORTS" "${sources[@]}"; then
+        mirror=$(grep -rhsoE '(^URIs: *|^deb +(\[[^]]*\] +)?)https?://[^ ]+/debian/?( |$)' "${sources[@]}" |
+            grep -oE 'https?://[^ ]+' | head -n 1 || true)
+        [ -n "$mirror" ] || return 0
+        APT_SOURCE="deb $mirror $BACKPORTS main"
     fi
-    mirror=$(grep -rhsoE '(URIs: *|^deb +(\[[^]]*\] +)?)https?://[^ ]+/debian/?( |$)' /etc/apt/sources.list /etc/apt/sources.list.d |
-        grep -oE 'https?://[^ ]+' | head -n 1 || true)
-    [ -n "$mirror" ] || return 0
-    [ "$(id -u)" -eq 0 ] || sudo=(sudo -n)
-    printf 'deb %s %s main\n' "$mirror" "$BACKPORTS" | "${sudo[@]}" tee "$sources" >/dev/null || true
+    APT_OPTIONS=(-t "$BACKPORTS")
 }
 
 # SAPIEN, under ManiSkill, does not even start without Vulkan. Its absence must not stop those who want something else.
 set_up_vulkan() {
     has_extra maniskill || return 0
     if ! vulkan_works; then
-        add_backports
+        choose_backports
         # in a subshell: `fail` ends that alone
         (install_system_packages "ManiSkill cannot draw: no working Vulkan" "${VULKAN_PACKAGES[@]}") || true
         vulkan_works || {
@@ -245,5 +249,5 @@ main() {
     say "done ($EXTRAS)"
 }
 
-APT_OPTIONS=()
+APT_OPTIONS=() APT_SOURCE="" APT_SOURCE_FILE=/etc/apt/sources.list.d/pi_rl-backports.list
 main
