@@ -87,7 +87,7 @@ def test_batches_of_another_size_round_otherwise(small_pi0_folder, tmp_path, mon
     assert first != alone
     beginnings = [key for key in first if key.endswith(" 0")]
     for key in beginnings:
-        np.testing.assert_allclose(np.frombuffer(first[key][0], "f4"), np.frombuffer(alone[key][0], "f4"), atol=1e-5)
+        np.testing.assert_allclose(np.frombuffer(first[key][0]), np.frombuffer(alone[key][0]), atol=1e-5)
 
 
 @pytest.mark.slow
