@@ -134,7 +134,10 @@ class ManiSkillScene:
         return {self.task.camera: camera}
 
     def reset(self, rows: Sequence[int], state_ids: Sequence[int]) -> Any:
-        """Starts episodes, one after the other: ManiSkill draws all rows of a common reset from the first one's seed.
+        """Starts episodes.
+
+        Of a batch one after the other: ManiSkill draws all rows of a common reset from the first one's seed. Tasks
+        that draw nothing (`ManiSkillTask.seedless`) start all of them at once.
 
         Args:
             rows: Environments, of B.
@@ -146,13 +149,15 @@ class ManiSkillScene:
         import torch
 
         info: dict[str, Any] = {}
-        for row, state_id in zip(rows, state_ids, strict=True):
-            seed = [state_id % MAX_SEED]
-            options = {"episode_id": torch.tensor([state_id], device=self.env.device)}
+        together = len(rows) if self.task.seedless and rows else 1
+        for start in range(0, len(rows), together):
+            states = list(state_ids[start : start + together])
+            seed = [states[0] % MAX_SEED]
+            options = {"episode_id": torch.tensor(states, device=self.env.device)}
             if self._num_envs > 1:
-                options["env_idx"] = torch.tensor([row], device=self.env.device)
+                options["env_idx"] = torch.tensor(rows[start : start + together], device=self.env.device)
             else:
-                self._rebuild(seed, options, state_id)
+                self._rebuild(seed, options, states[0])
             _, info = self.env.reset(seed=seed, options=options)
             if info["reconfigure"]:
                 self._show_arm(False)

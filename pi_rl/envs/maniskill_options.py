@@ -154,8 +154,15 @@ def make_spec(name: str, tasks: Sequence[str], options: ManiSkillOptions) -> Env
         action_low=first.action_low,
         action_high=first.action_high,
         eval_states=min(task.eval_states for task in chosen),
+        task_groups=_groups_among(tasks),
         instruction_of=_instruction_of(chosen, options),
     )
+
+
+def _groups_among(tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    """The groups that several of the tasks belong to but not all of them do, such as the paper's "ood_vision"."""
+    among = {name: tuple(task for task in members if task in tasks) for name, members in groups().items()}
+    return {name: members for name, members in among.items() if 0 < len(members) < len(tasks)}
 
 
 def _check_task(task: ManiSkillTask, options: ManiSkillOptions) -> None:

@@ -17,7 +17,7 @@ import sapien
 import torch
 from mani_skill.envs.sapien_env import BaseEnv
 from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval.base_env import WidowX250SBridgeDatasetFlatTable
-from mani_skill.utils import common, sapien_utils
+from mani_skill.utils import sapien_utils
 from mani_skill.utils.geometry.rotation_conversions import quaternion_to_matrix
 from mani_skill.utils.registration import register_env
 from mani_skill.utils.structs.actor import Actor
@@ -39,7 +39,14 @@ from pi_rl.envs.maniskill_tasks.benchmark import (
     robot_offsets,
 )
 from pi_rl.envs.maniskill_tasks.overlay import blend_foreground, blend_image, is_foreground
-from pi_rl.envs.maniskill_tasks.widowx import CAMERA, START_QPOS, TABLE_ROOT, WidowXActions, state_ids
+from pi_rl.envs.maniskill_tasks.widowx import (
+    CAMERA,
+    START_QPOS,
+    TABLE_ROOT,
+    WidowXActions,
+    others_untouched,
+    state_ids,
+)
 
 STAGE = "stages/bridge_table_1_v1.glb"
 STAGE_POSITION = (2.0634, 2.8313, 0.0)
@@ -251,20 +258,13 @@ class PutOnPlate(WidowXActions, BaseEnv):
         raised = (*TABLE_ROOT[:2], TABLE_ROOT[2] + RAISED)
         self.agent.robot.set_pose(sapien.Pose(raised, ROBOT_TURN))
         self.agent.reset(init_qpos=torch.tensor([START_QPOS], device=self.device).expand(len(env_idx), -1))
-        others = torch.ones(self.num_envs, dtype=torch.bool, device=self.device)
-        others[env_idx] = False
-        kept = self.get_state_dict() if others.any() else None
         if self.gpu_sim_enabled:
             self.scene._gpu_apply_all()
-        for _ in range(SETTLE_STEPS):
-            self.scene.step()
-        if self.gpu_sim_enabled:
-            self.scene._gpu_fetch_all()
-        if kept is not None:
-            where = others.nonzero()[:, 0]
-            mask = self.scene._reset_mask.clone()
-            self.set_state_dict(common.index_dict_array(kept, where), where)
-            self.scene._reset_mask = mask
+        with others_untouched(self, env_idx):
+            for _ in range(SETTLE_STEPS):
+                self.scene.step()
+            if self.gpu_sim_enabled:
+                self.scene._gpu_fetch_all()
 
     def _place_robot(self, rows: list[int]) -> None:
         self.agent.robot.set_pose(sapien.Pose(TABLE_ROOT, ROBOT_TURN))

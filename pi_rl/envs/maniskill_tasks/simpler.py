@@ -3,7 +3,8 @@
 Importing this module registers them in place of ManiSkill's. What differs from those: the gripper's action
 (`widowx.controller_action`); evaluation states are the 24 of SIMPLER and training states lie around them; the robot is
 out of the way while objects come to rest, so that where it was last makes no difference; several tasks in one process
-each keep the photograph behind them (ManiSkill's share one); and `evaluate` also tells what is held now.
+each keep the photograph behind them (ManiSkill's share one); `evaluate` judges every environment of a batch by itself
+and tells what is held now.
 """
 
 import math
@@ -17,12 +18,12 @@ from mani_skill.envs.tasks.digital_twins.bridge_dataset_eval.put_on_in_scene imp
     PutSpoonOnTableClothInScene,
     StackGreenCubeOnYellowCubeBakedTexInScene,
 )
-from mani_skill.utils.geometry.rotation_conversions import quaternion_multiply
+from mani_skill.utils.geometry.rotation_conversions import quaternion_multiply, quaternion_to_matrix
 from mani_skill.utils.registration import register_env
 from mani_skill.utils.structs.actor import Actor
 from mani_skill.utils.structs.pose import Pose
 
-from pi_rl.envs.maniskill_tasks.widowx import START_QPOS, WidowXActions, state_ids
+from pi_rl.envs.maniskill_tasks.widowx import START_QPOS, WidowXActions, others_untouched, state_ids
 from pi_rl.envs.vector_env import TRAIN_STATE_OFFSET
 
 RAISED = 1.0
@@ -35,15 +36,20 @@ class SimplerTask(WidowXActions):
     Attributes:
         shift: Training states: each object is at most so many metres in x and y from a place of the evaluation.
         turn: And its angle about the vertical at most so many radians from that there.
+        pressing: Whether object and target must press on each other.
+        height_margin: Metres; see `evaluate`.
     """
 
     shift = 0.02
     turn = math.radians(20)
+    pressing = True
+    height_margin = 0.02
 
     def __init__(self, **kwargs: Any):
         self._rgb_overlay_images: dict[str, Any] = {}  # else all environments of a process share one
         self._objects_to_remove_from_greenscreen: list[Any] = []
         self._grid: Any = None
+        self._halves: Any = None
         super().__init__(**kwargs)
 
     def _load_scene(self, options: dict[str, Any]) -> None:
@@ -60,7 +66,9 @@ class SimplerTask(WidowXActions):
         raised = Pose.create_from_pq([0.0, 0.0, RAISED], device=self.device) * self.agent.robot.pose
         self.agent.robot.set_pose(raised[env_idx] if count < self.num_envs else raised)
         self.agent.reset(init_qpos=torch.tensor([START_QPOS] * count, device=self.device))
-        super()._initialize_episode(env_idx, {**options, "episode_id": rows})
+        with others_untouched(self, env_idx):
+            super()._initialize_episode(env_idx, {**options, "episode_id": rows})
+        self._note_boxes(env_idx)
 
     def _layout(self, state_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions (2, 3) and quaternions (2, 4) of object and target."""
@@ -77,10 +85,32 @@ class SimplerTask(WidowXActions):
         about_z = np.stack([np.cos(half), 0 * half, 0 * half, np.sin(half)], axis=1)
         return place, quaternion_multiply(torch.as_tensor(about_z, device=turn.device), turn)
 
-    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, torch.Tensor]:
-        """ManiSkill's evaluation and, as `is_grasped`, whether both fingers press on the object now."""
-        info = super().evaluate(*args, **kwargs)
-        return {**info, "is_grasped": self.agent.is_grasping(self.source)}
+    def _note_boxes(self, env_idx: torch.Tensor) -> None:
+        """Half the boxes of object and target where they came to rest, as ManiSkill turns them: with their signs."""
+        if self._halves is None:
+            self._halves = torch.zeros(2, self.num_envs, 3, device=self.device)
+        for number, (actor, size) in enumerate(((self.source, self.source_size), (self.target, self.target_size))):
+            turned = (quaternion_to_matrix(actor.pose.q) @ size[..., None])[..., 0]
+            self._halves[number, env_idx] = turned[env_idx] / 2
+
+    def evaluate(self, *_: Any, **__: Any) -> dict[str, torch.Tensor]:
+        """What is solved and what is held: ManiSkill's rules, which know only one environment, for all of them.
+
+        Returns:
+            `success`: bool (B,), the object is on the target: no further from its middle in x and y than the diagonal
+            of half its box and 3 mm, above its middle by no more than both half heights and `height_margin` and,
+            where the task says so (`pressing`), they press on each other with more than 0.05 N. `is_grasped`: bool
+            (B,), both fingers press on the object now.
+        """
+        source_half, target_half = self._halves
+        offset = self.source.pose.p - self.target.pose.p
+        near = offset[:, :2].norm(dim=1) <= target_half[:, :2].norm(dim=1) + 0.003
+        gap = offset[:, 2] - target_half[:, 2] - source_half[:, 2]
+        success = near & (offset[:, 2] > 0) & (gap <= self.height_margin)
+        if self.pressing:
+            forces = self.scene.get_pairwise_contact_forces(self.source, self.target)
+            success &= forces.norm(dim=1) > 0.05
+        return {"success": success, "is_grasped": self.agent.is_grasping(self.source)}
 
     @property
     def source(self) -> Actor:
@@ -108,7 +138,9 @@ class PutCarrot(SimplerTask, PutCarrotOnPlateInScene):
 
 
 class PutSpoon(SimplerTask, PutSpoonOnTableClothInScene):
-    """Put the spoon on the cloth."""
+    """Put the spoon on the cloth; part of it is enough."""
+
+    pressing = False
 
 
 class StackCube(SimplerTask, StackGreenCubeOnYellowCubeBakedTexInScene):
@@ -119,6 +151,8 @@ class PutEggplant(SimplerTask, PutEggplantInBasketScene):
     """Put the eggplant from the sink into the basket."""
 
     shift = 0.01  # it lies between the walls of the sink
+    pressing = False
+    height_margin = 0.06
 
 
 for _name, _class in (

@@ -43,6 +43,7 @@ class ManiSkillTask:
         variant: (state id, kwargs) to what the scene is built from; where that changes from one episode to the next
             the scene is rebuilt (an `object()` equals no other: always). None where all episodes share one scene. A
             batched simulation (num_envs > 1) is never rebuilt: there the environment must hold everything at once.
+        seedless: Its episodes follow from the state id without ManiSkill's generators: a batch may be reset at once.
         assets: Files that must exist, relative to the folder of assets.
         assets_source: Where they come from: a command, or a sentence.
         expert: "module:name" of a class whose instances, made from the environment after each reset, return
@@ -71,6 +72,7 @@ class ManiSkillTask:
     attached: str | None = None
     hand: tuple[str, ...] = ()
     variant: Callable[[int, Mapping[str, Any]], Hashable] | None = None
+    seedless: bool = False
     assets: tuple[str, ...] = ()
     assets_source: str = ""
     expert: str | None = None

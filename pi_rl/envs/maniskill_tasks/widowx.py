@@ -1,8 +1,10 @@
 """The WidowX of SIMPLER's table: its state, its actions, and how it stands when an episode begins.
 
-Imported in the process that simulates; ManiSkill must be importable.
+Imported in the process that simulates.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -58,3 +60,24 @@ def state_ids(options: dict[str, Any], rows: int) -> list[int]:
     """The state ids of a reset, from `options["episode_id"]`; zeros where none are given (the first, empty reset)."""
     given = torch.as_tensor(options.get("episode_id", 0)).reshape(-1)
     return given.expand(rows).tolist()
+
+
+@contextlib.contextmanager
+def others_untouched(env: Any, env_idx: torch.Tensor) -> Iterator[None]:
+    """Within it physics may be stepped for some environments of a batch; the others are put back afterwards.
+
+    Args:
+        env: The environment, inside its `_initialize_episode`.
+        env_idx: int64 (n,), those that are being reset.
+    """
+    from mani_skill.utils import common  # not above: it fixes the folder of assets for the whole process
+
+    others = torch.ones(env.num_envs, dtype=torch.bool, device=env.device)
+    others[env_idx] = False
+    rows = others.nonzero()[:, 0]
+    kept = env.get_state_dict() if len(rows) else None
+    yield
+    if kept is not None:
+        mask = env.scene._reset_mask.clone()
+        env.set_state_dict(common.index_dict_array(kept, rows), rows)
+        env.scene._reset_mask = mask

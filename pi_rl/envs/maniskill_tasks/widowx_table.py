@@ -39,6 +39,7 @@ _WIDOWX: dict[str, Any] = {
     "max_episode_steps": MAX_EPISODE_STEPS,
     "fps": 5,
     "attached": "is_grasped",
+    "seedless": True,
 }
 
 
