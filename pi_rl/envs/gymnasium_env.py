@@ -223,13 +223,23 @@ class GymnasiumVectorEnv(InProcessVectorEnv):
             self.states[slot], _ = self._envs[slot, task].reset(seed=state_id)
 
     def _advance(self, slots: NDArray[np.int64], actions: NDArray[np.float32]) -> StepResult:
-        outcomes = []
+        outcomes, problems = [], {}
         for slot, action in zip(slots.tolist(), actions, strict=True):
-            env = self._envs[slot, int(self._ids[slot, 0])]
-            self.states[slot], reward, terminated, truncated, info = env.step(action.astype(env.action_space.dtype))
-            success = bool(info.get("is_success", info.get("success", False)))
-            outcomes.append((float(reward), bool(terminated), bool(truncated), success))
-        return StepResult(*map(np.asarray, zip(*outcomes, strict=True)))
+            try:
+                outcomes.append(self._step(slot, action))
+            except Exception as error:  # one environment must not take the others with it
+                outcomes.append((0.0, False, False, False))
+                problems[slot] = f"{type(error).__name__}: {error}"
+                del self._envs[slot, int(self._ids[slot, 0])]  # the next reset makes another
+        rewards, terminated, truncated, success = map(np.asarray, zip(*outcomes, strict=True))
+        return StepResult(rewards, terminated, truncated, success, problems)
+
+    def _step(self, slot: int, action: NDArray[np.float32]) -> tuple[float, bool, bool, bool]:
+        """Steps one environment and writes its state; returns reward, terminated, truncated, success."""
+        env = self._envs[slot, int(self._ids[slot, 0])]
+        self.states[slot], reward, terminated, truncated, info = env.step(action.astype(env.action_space.dtype))
+        success = bool(info.get("is_success", info.get("success", False)))
+        return float(reward), bool(terminated), bool(truncated), success
 
     def _free(self) -> None:
         for env in self._envs.values():

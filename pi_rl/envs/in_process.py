@@ -1,7 +1,8 @@
 """A vector environment without cameras that is simulated in the calling process, for simulators of microseconds."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, NoReturn
 
 import numpy as np
@@ -30,12 +31,14 @@ class StepResult(NamedTuple):
         terminated: bool (n,), the episode ended by itself.
         truncated: bool (n,), the simulator cut the episode; the time limit is not its business.
         success: bool (n,), the task is solved now.
+        problems: What went wrong, by environment; rewards of these may be anything.
     """
 
     rewards: NDArray[np.floating]
     terminated: NDArray[np.bool_]
     truncated: NDArray[np.bool_]
     success: NDArray[np.bool_]
+    problems: Mapping[int, str] = MappingProxyType({})
 
 
 class InProcessVectorEnv(VectorEnv):
@@ -102,12 +105,16 @@ class InProcessVectorEnv(VectorEnv):
         taken = np.zeros(self.num_envs, np.int64)
         rewards = np.zeros(checked.shape[:2], np.float32)
         terminated, truncated, success, failed = (np.zeros(self.num_envs, bool) for _ in range(4))
+        problems: dict[int, str] = {}
         for step in range(checked.shape[1]):
             slots = np.flatnonzero(going)
             if len(slots) == 0:
                 break
             result = self._advance(slots, np.clip(checked[slots, step], self._low, self._high))
-            broken = ~(np.isfinite(self.states[slots]).all(1) & np.isfinite(result.rewards))
+            finite = np.isfinite(self.states[slots]).all(1) & np.isfinite(result.rewards)
+            broken = ~finite | np.isin(slots, list(result.problems))
+            problems |= dict.fromkeys(slots[~finite].tolist(), "its state or reward is not a finite number")
+            problems |= result.problems
             rewards[slots, step] = np.where(broken, 0.0, result.rewards)
             taken[slots] += 1
             self._steps[slots] += 1
@@ -120,7 +127,6 @@ class InProcessVectorEnv(VectorEnv):
             going[slots] = ~(result.terminated | cut | broken)
         self.states[failed], rewards[failed] = 0.0, 0.0
         self._running &= ~(terminated | truncated | failed)
-        problems = dict.fromkeys(np.flatnonzero(failed).tolist(), "its state or reward is not a finite number")
         self._failures.note(problems, self._ids, terminated | truncated)
         return ChunkResult(self._observation(), rewards, terminated, truncated, success, taken, failed)
 

@@ -171,7 +171,7 @@ def summarize_episodes(
         successes: Outcome of each episode.
         lengths: Environment steps of each episode.
         returns: Sum of rewards of each episode.
-        task_groups: Task names of each group; groups without an episode are left out.
+        task_groups: Task names of each group; groups without an episode are left out, and a single one.
         subtasks: What an episode consists of; where there are several, its return is how many were solved.
 
     Raises:
@@ -190,6 +190,7 @@ def summarize_episodes(
     per_task = {task: part([task]) for task in dict.fromkeys(tasks)}
     groups = {group: set(members) & set(tasks) for group, members in (task_groups or {}).items()}
     per_group = {group: part(members) for group, members in groups.items() if members}
+    per_group = per_group if len(per_group) > 1 else {}  # one group says what the whole says
     sequences = summarize_sequences(returns, subtasks) if subtasks > 1 else None
     return EvalSummary(**_episode_numbers(rows), per_task=per_task, per_group=per_group, sequences=sequences)
 

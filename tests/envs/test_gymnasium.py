@@ -233,3 +233,28 @@ def test_there_is_nothing_to_film_and_closing_is_final():
     env.close()
     with pytest.raises(RuntimeError, match="was closed"):
         env.reset(ids(0))
+
+
+def test_an_environment_that_raises_fails_alone_and_is_made_anew(tmp_path, monkeypatch, caplog):
+    (tmp_path / "pi_rl_raising_module.py").write_text(
+        "import gymnasium\n"
+        "from gymnasium.envs.classic_control import PendulumEnv\n"
+        "class Raising(PendulumEnv):\n"
+        "    def step(self, action):\n"
+        "        if action[0] > 1.9:\n"
+        "            raise OverflowError('too strong')\n"
+        "        return super().step(action)\n"
+        "gymnasium.register('Raising-v0', entry_point=Raising, max_episode_steps=9)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    actions = np.array([[[0.5], [0.5]], [[0.5], [2.0]]], np.float32)
+    with make_env("gymnasium:pi_rl_raising_module:Raising-v0", 2) as env:
+        env.reset(ids(0, 1))
+        result = env.step_chunk(actions)
+        assert result.failed.tolist() == [False, True]
+        assert result.rewards[0].all()
+        assert not result.rewards[1].any()
+        assert "state 1) broke down: OverflowError: too strong" in caplog.text
+        env.reset(ids(1), [1])
+        assert not env.step_chunk(actions[[0, 0]]).failed.any()
+    del gymnasium.registry["Raising-v0"]

@@ -100,9 +100,11 @@ def test_means_over_unequal_numbers_of_episodes():
         mean_summary([])
 
 
-def test_groups_without_episodes_are_left_out():
-    summary = summarize_episodes(["a"], [True], [1.0], [1.0], {"one": ["a", "b"], "two": ["c"]})
-    assert list(summary.per_group) == ["one"]
+def test_groups_without_episodes_are_left_out_and_so_is_a_single_one():
+    groups = {"one": ["a", "b"], "two": ["c"], "three": ["d"]}
+    summary = summarize_episodes(["a", "c"], [True] * 2, [1.0] * 2, [1.0] * 2, groups)
+    assert list(summary.per_group) == ["one", "two"]
+    assert not summarize_episodes(["a"], [True], [1.0], [1.0], groups).per_group
     assert summarize_episodes(["a"], [True], [1.0], [1.0]).mean_of_groups is None
 
 
