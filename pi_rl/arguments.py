@@ -164,7 +164,9 @@ def launch_command(script: str, words: Sequence[str]) -> str:
 
 def without_folder(word: str) -> str:
     """A path that begins at the root, the user's or a parent folder, by its last part; other words unchanged."""
-    option, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    option, equals, value = word.partition("=")
+    if not equals:
+        option, value = "", word
     path = Path(value)
     outside = path.is_absolute() or path.parts[:1] in (("~",), ("..",))
     return f"{option}{equals}{path.name}" if outside and path.name else word

@@ -335,10 +335,12 @@ def test_a_shown_command_names_no_folder_of_this_machine() -> None:
     words = (
         *("--config", "/home/me/pi_rl/quickstart.yaml", "--model=~/policies/mine", "--dataset_root", "../data"),
         *("--model", "lerobot/pi0_base", "--output_dir", "outputs/a b", "--env_options", "{image_size: 64}"),
+        "root=/home/me/calvin",
     )
     assert launch_command("recipes/sft.py", words) == (
         "accelerate launch recipes/sft.py --config quickstart.yaml --model=mine --dataset_root data "
-        "--model lerobot/pi0_base --output_dir 'outputs/a b' --env_options '{image_size: 64}'"
+        "--model lerobot/pi0_base --output_dir 'outputs/a b' --env_options '{image_size: 64}' "
+        "root=calvin"
     )
 
 

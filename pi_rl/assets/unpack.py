@@ -46,7 +46,7 @@ def _check(archive: Path, members: list[zipfile.ZipInfo], max_bytes: int) -> Non
     for member in members:
         path = PurePosixPath(member.filename)
         mode = member.external_attr >> 16
-        if path.is_absolute() or ".." in path.parts or "\\" in member.orig_filename or ":" in path.parts[0]:
+        if path.is_absolute() or ".." in path.parts or "\\" in member.orig_filename or ":" in "".join(path.parts[:1]):
             raise ValueError(f"{archive.name} holds {member.filename!r}, which would leave the folder; not unpacked.")
         if stat.S_ISLNK(mode):
             raise ValueError(f"{archive.name} holds the link {member.filename!r}; not unpacked.")

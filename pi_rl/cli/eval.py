@@ -125,7 +125,7 @@ class _Evaluation:
         return {
             "policy_sha256": stored["sha256"],
             "env": args.env,
-            "env_options": self.env_options,
+            "env_options": _without_folders(self.env_options),
             "tasks": [self.spec.tasks[task] for task in dict.fromkeys(self.ids[:, 0].tolist())],
             "states": _ranges(self.ids[:, 1].tolist()),
             "max_episode_steps": self.spec.max_episode_steps,
@@ -201,7 +201,7 @@ def run(argv: Sequence[str]) -> int:
         UserError: Something that the user can put right.
         KeyboardInterrupt: It was interrupted; its text says how to go on.
     """
-    from pi_rl.cli.eval_report import choose_videos, evaluation_table, film, video_name
+    from pi_rl.cli.eval_report import choose_videos, evaluation_table, film
 
     args = _parser().parse(argv)
     plan = _prepare(args, shlex.join(["pi-rl", "eval", *map(without_folder, argv)]))
@@ -212,11 +212,13 @@ def run(argv: Sequence[str]) -> int:
         session = _Session(plan, stack)
         try:
             _run_episodes(plan, session, log)
-            filmed = choose_videos(log.rows, plan.videos)
-            report = _write_report(plan, log, session.timing, [video_name(episode) for episode in filmed])
+            report = _write_report(plan, log, session.timing)  # before filming, which may fail
             if not args.json:
                 _print_table(evaluation_table(log.results().summary(), int(log.results().failed.sum())), report)
+            filmed = choose_videos(log.rows, plan.videos)
             film(filmed, plan.folder / VIDEOS_NAME, plan.spec.fps, lambda episode: _record(plan, session, episode))
+            if filmed:
+                report = _write_report(plan, log, session.timing)
         except FileNotFoundError as error:  # a simulator's files, found missing by its worker
             raise UserError(str(error)) from error
         except KeyboardInterrupt:
@@ -259,6 +261,11 @@ def _prepare(args: argparse.Namespace, command: str) -> _Evaluation:
         args.output_dir or Path("outputs/eval") / "".join(c if c.isalnum() or c in "._-" else "-" for c in name),
         versions_for(parse_name(args.env)[0]),
     )
+
+
+def _without_folders(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as they may be shown: paths of this machine by their last part."""
+    return {key: without_folder(value) if isinstance(value, str) else value for key, value in options.items()}
 
 
 def _choose_device(given: str | None) -> str:
@@ -319,7 +326,7 @@ def _record(plan: _Evaluation, session: _Session, episode: Any) -> tuple[np.ndar
     return record_episode(*session.open(), reset_id, **settings)
 
 
-def _write_report(plan: _Evaluation, log: "EpisodeLog", timing: dict[str, float], videos: list[str]) -> dict[str, Any]:
+def _write_report(plan: _Evaluation, log: "EpisodeLog", timing: dict[str, float]) -> dict[str, Any]:
     """Writes and returns `eval.json`; its times are those of the last process that ran episodes."""
     from pi_rl.rollout.episode_log import write_json
 
@@ -327,11 +334,15 @@ def _write_report(plan: _Evaluation, log: "EpisodeLog", timing: dict[str, float]
     before = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     report = {
         "policy": plan.policy,
-        "env": {"name": plan.spec.name, "options": plan.env_options, "max_episode_steps": plan.spec.max_episode_steps},
+        "env": {
+            "name": plan.spec.name,
+            "options": _without_folders(plan.env_options),
+            "max_episode_steps": plan.spec.max_episode_steps,
+        },
         "settings": plan.settings,
         "summary": log.results().summary().to_dict(),
         "episodes": log.rows,
-        "videos": [f"{VIDEOS_NAME}/{name}" for name in videos],
+        "videos": sorted(f"{VIDEOS_NAME}/{path.name}" for path in (plan.folder / VIDEOS_NAME).glob("*.mp4")),
         "timing": timing or before.get("timing", {}),
         "command": plan.command,
     }

@@ -135,7 +135,7 @@ class EpisodeLog:
         if len(complete) < len(content):
             os.truncate(path, len(complete))
         found: dict[int, dict[str, Any]] = {}
-        for number, line in enumerate(complete.decode("utf-8", errors="replace").splitlines(), 1):
+        for number, line in enumerate(complete.decode("utf-8", errors="replace").split("\n")[:-1], 1):
             try:
                 episode = json.loads(line)
                 found[self._wanted[episode["task_index"], episode["state_id"]]] = episode
