@@ -12,14 +12,12 @@ _TASKS = (
         state="pi_rl.envs.maniskill:hand_and_goal_state",  # the goal is in no image: ManiSkill hides its marker
         state_dim=7,
         attached="is_grasped",
-        groups=("tabletop",),
         hand=PANDA_HAND,
         expert="pi_rl.envs.maniskill_experts:PickCubeExpert",
     ),
     ManiSkillTask(
         env_id="PushCube-v1",
         instruction="push the blue cube onto the red and white target",
-        groups=("tabletop",),
         hand=PANDA_HAND,
         expert="pi_rl.envs.maniskill_experts:PushCubeExpert",
     ),
