@@ -6,20 +6,20 @@
 Every row compares a process that does nothing but step one simulator, and draw where the policy gets a picture (at the
 end of each chunk), with `make_env` and one worker that does the same, in turns; then come more workers with an
 environment each. Rates are medians of the repetitions, in simulator steps per second over all environments. Without
-pictures (the option blind) shows physics alone. Prints a table, and writes environments.json and environments.md.
+pictures (the option blind) shows physics alone. Milliseconds are processor time per step, which other programs of the
+machine change less than rates. Prints a table, and writes environments.json and environments.md.
 """
 
 import argparse
 import functools
 import json
-import os
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -34,6 +34,13 @@ ENVIRONMENTS: dict[str, list[dict[str, Any]]] = {
 """Environment name to the options it is measured with; each of them without pictures too."""
 LIMIT = 10_000  # steps of an episode: none ends within a measurement
 EXTRA = 2  # environments added to a worker to learn what one more costs
+
+
+class Seconds(NamedTuple):
+    """How long a measurement took, by the clock and in processor time."""
+
+    wall: float
+    cpu: float
 
 
 def random_actions(spec_bounds: Mapping[str, Sequence[float]], chunks: int, chunk: int, envs: int) -> np.ndarray:
@@ -59,12 +66,12 @@ def bare_main() -> None:
         actions = random_actions(config, int(line), config["chunk"], 1)[:, 0]
         sim.reset(0)
         sim.draw(images)
-        started = time.perf_counter()
+        started, cpu = time.perf_counter(), time.process_time()
         for part in actions:
             for action in part:
                 sim.step(action)
             sim.draw(images)
-        print("seconds", time.perf_counter() - started, flush=True)
+        print("seconds", time.perf_counter() - started, time.process_time() - cpu, flush=True)
     sim.close()
     backend.close()
 
@@ -91,13 +98,13 @@ class Bare:
         self.process.stdin.write(line + "\n")
         self.process.stdin.flush()
 
-    def __call__(self, chunks: int) -> float:
-        """Seconds of one measurement of so many chunks."""
+    def __call__(self, chunks: int) -> Seconds:
+        """One measurement of so many chunks."""
         self.send(str(chunks))
         assert self.process.stdout is not None
         for line in self.process.stdout:  # simulators print things of their own
             if line.startswith("seconds "):
-                return float(line.split()[1])
+                return Seconds(*map(float, line.split()[1:]))
         raise RuntimeError(f"the process that steps the simulator ended with exit code {self.process.wait()}")
 
     def close(self) -> None:
@@ -108,42 +115,32 @@ class Bare:
         self.process.wait()
 
 
-def through_workers(env: Any, actions: np.ndarray) -> float:
-    """Seconds of one measurement through `VectorEnv`."""
+def through_workers(env: Any, actions: np.ndarray) -> Seconds:
+    """One measurement through `VectorEnv`; the processor time is that of this process and of the workers."""
     env.reset(np.zeros((env.num_envs, 2), np.int64))
-    started = time.perf_counter()
+    started, cpu = time.perf_counter(), cpu_seconds(env)
     for part in actions:
         result = env.step_chunk(part)
-    seconds = time.perf_counter() - started
+    seconds = Seconds(time.perf_counter() - started, cpu_seconds(env) - cpu)
     if result.failed.any() or result.steps.min() < actions.shape[2]:
         raise RuntimeError(f"an episode of {env.spec.name} ended within the measurement; lower --seconds")
     return seconds
 
 
-def in_turns(
-    measures: Mapping[str, Callable[[], float]], processes: Mapping[str, Sequence[int]], repetitions: int
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Takes measurements one after the other, again and again; the first round does not count.
+def cpu_seconds(env: Any) -> float:
+    """Processor seconds that this process and the workers have used so far."""
+    return time.process_time() + sum(report["cpu_seconds"] for report in env.worker_reports())
 
-    Returns:
-        Seconds of each measurement, and processor seconds of all together that the processes named for it have used.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in measures}
-    cpu = dict.fromkeys(measures, 0.0)
+
+def in_turns(measures: Mapping[str, Callable[[], Seconds]], repetitions: int) -> dict[str, list[Seconds]]:
+    """Takes measurements one after the other, again and again; the first round does not count."""
+    taken: dict[str, list[Seconds]] = {name: [] for name in measures}
     for repetition in range(repetitions + 1):
         for name, measure in measures.items():
-            before = cpu_seconds(processes[name])
-            taken = measure()
+            seconds = measure()
             if repetition:
-                seconds[name].append(taken)
-                cpu[name] += cpu_seconds(processes[name]) - before
-    return seconds, cpu
-
-
-def cpu_seconds(pids: Sequence[int]) -> float:
-    """Processor seconds that processes have used so far; a reset before each measurement is among them."""
-    times = [psutil.Process(pid).cpu_times() for pid in pids]
-    return sum(each.user + each.system for each in times)
+                taken[name].append(seconds)
+    return taken
 
 
 def memory_mb(env: Any) -> float:
@@ -162,7 +159,7 @@ def measure(name: str, options: dict[str, Any], arguments: argparse.Namespace) -
     config = {"simulator": simulator, "tasks": tasks, "options": vars(SIMULATORS[simulator].options(**given))}
     bare = Bare({**config, **bounds, "cameras": spec.cameras, "chunk": arguments.chunk})
     bare(1)  # the first pictures take longer
-    chunks = max(2, min(LIMIT // arguments.chunk, round(2 * arguments.seconds / bare(2))))
+    chunks = max(2, min(LIMIT // arguments.chunk, round(2 * arguments.seconds / bare(2).cpu)))
     steps = arguments.chunk * chunks
     row: dict[str, Any] = {"env": name, "options": options, "cameras": spec.cameras, "steps": steps, "workers": {}}
     try:
@@ -172,14 +169,14 @@ def measure(name: str, options: dict[str, Any], arguments: argparse.Namespace) -
                 measures = {"workers": functools.partial(through_workers, env, actions)}
                 if workers == 1:
                     measures["bare"] = functools.partial(bare, chunks)
-                processes = {"workers": [os.getpid(), *env.worker_pids], "bare": [bare.process.pid]}
-                seconds, cpu = in_turns(measures, processes, arguments.repetitions)
-                row["workers"][workers] = workers * steps / statistics.median(seconds["workers"])
+                taken = in_turns(measures, arguments.repetitions)
+                row["workers"][workers] = workers * steps / statistics.median(one.wall for one in taken["workers"])
                 if workers == 1:
-                    row["bare"] = steps / statistics.median(seconds["bare"])
-                    pairs = zip(seconds["workers"], seconds["bare"], strict=True)
-                    row["overhead"] = statistics.median(ours / alone for ours, alone in pairs) - 1
-                    row["cpu_overhead"] = cpu["workers"] / cpu["bare"] - 1
+                    row["bare"] = steps / statistics.median(one.wall for one in taken["bare"])
+                    row["bare_cpu_ms"] = 1000 * statistics.median(one.cpu for one in taken["bare"]) / steps
+                    for key, kind in (("overhead", "wall"), ("cpu_overhead", "cpu")):
+                        ours, alone = (np.array([getattr(one, kind) for one in taken[who]]) for who in measures)
+                        row[key] = float(np.median(ours / alone)) - 1
                     row["memory_mb"] = memory_mb(env)
         row["more_memory_mb"] = memory_of_more(name, given, row.get("memory_mb"))
     finally:
@@ -205,7 +202,8 @@ def table(rows: Sequence[Mapping[str, Any]], workers: Sequence[int]) -> str:
     titles = [
         "environment",
         "pictures",
-        "simulator alone",
+        "simulator alone: ms",
+        "steps/s",
         *heads,
         "our layer: time",
         "processor time",
@@ -225,6 +223,7 @@ def table(rows: Sequence[Mapping[str, Any]], workers: Sequence[int]) -> str:
         cells = [
             row["env"],
             pictures,
+            "" if alone is None else f"{row['bare_cpu_ms']:.2f}",
             "" if alone is None else f"{alone:.0f}" if alone >= 100 else f"{alone:.1f}",
             *(f"{rate:.0f}" if rate >= 100 else f"{rate:.1f}" for rate in row["workers"].values()),
             *(f"{row[key]:+.1%}" if key in row else "" for key in ("overhead", "cpu_overhead")),

@@ -141,8 +141,8 @@ def make_env(name: str, num_envs: int, num_workers: int | None = None, **options
             the tasks an environment runs is decided by the ids it is reset to.
         num_envs: Number B of environments, at least 1.
         num_workers: At most so many worker processes; None means one per core. Never more than `num_envs`, and none
-            for toy environments and Gymnasium's without images, which are cheaper to step than to talk to. CALVIN has one per
-            environment whatever is given.
+            for toy environments and Gymnasium's without images, which are cheaper to step than to talk to. CALVIN
+            has one per environment whatever is given.
         **options: Fields of the simulator's options: `pi_rl.envs.metaworld_options.MetaWorldOptions`,
             `pi_rl.envs.gymnasium_env.GymnasiumOptions`, `pi_rl.envs.toy.ToyOptions`.
 
