@@ -71,9 +71,6 @@ class ManiSkillScene:
         num_envs: B; more than 1 needs a GPU.
         sim_backend: ManiSkill's name of the physics.
         render_backend: ManiSkill's name of the renderer.
-
-    Raises:
-        RuntimeError: SAPIEN finds no Vulkan it can draw with; the message says what to install.
     """
 
     def __init__(
@@ -103,22 +100,17 @@ class ManiSkillScene:
 
         if self.task.module is not None:
             importlib.import_module(self.task.module)
-        try:
-            env = gymnasium.make(
-                self.task.env_id,
-                num_envs=self._num_envs,
-                obs_mode=self.task.obs_mode,
-                reward_mode="none",
-                control_mode=self.task.control_mode,
-                sim_backend=sim_backend,
-                render_backend=render_backend,
-                sensor_configs=self._camera(),
-                **self._kwargs,
-            )
-        except RuntimeError as error:
-            if any(word in str(error) for word in ("vk::", "rendering device", "physical device", "find device")):
-                raise RuntimeError(explain(str(error), "cuda" if "cuda" in render_backend else "cpu")) from error
-            raise
+        env = gymnasium.make(
+            self.task.env_id,
+            num_envs=self._num_envs,
+            obs_mode=self.task.obs_mode,
+            reward_mode="none",
+            control_mode=self.task.control_mode,
+            sim_backend=sim_backend,
+            render_backend=render_backend,
+            sensor_configs=self._camera(),
+            **self._kwargs,
+        )
         return env.unwrapped
 
     def _camera(self) -> dict[str, Any]:
@@ -416,6 +408,7 @@ class ManiSkillBackend:
 
         Raises:
             FileNotFoundError: Files of a task are missing; the message says where they come from.
+            RuntimeError: SAPIEN finds no Vulkan it can draw with; the message says what to install.
         """
         self._options = ManiSkillOptions(**options)
         self._tasks = [TASKS[task] for task in tasks]
@@ -433,23 +426,30 @@ class ManiSkillBackend:
         """Nothing is shared that would have to be freed."""
 
 
-def load_maniskill(tasks: Sequence[ManiSkillTask], options: ManiSkillOptions) -> None:
-    """Checks that the tasks' files are there, and imports ManiSkill, which reads the folder of assets but once.
+def load_maniskill(tasks: Sequence[ManiSkillTask], options: ManiSkillOptions, device: str = "cpu") -> None:
+    """Checks that the tasks' files are there and that SAPIEN can draw, and imports ManiSkill.
 
     Args:
         tasks: The tasks.
         options: The options.
+        device: What will draw, one of `pi_rl.envs.vulkan.DEVICES`.
 
     Raises:
         FileNotFoundError: Files of a task are missing; the message says where they come from.
-        RuntimeError: ManiSkill was imported before with another folder.
+        RuntimeError: SAPIEN finds no Vulkan it can draw with, with what to install; or ManiSkill was imported before
+            with another folder of assets, which it reads but once.
     """
     check_assets(tasks, options.asset_folder)
     os.environ["MS_ASSET_DIR"] = str(options.asset_folder)
     import mani_skill
+    import sapien
 
     if mani_skill.ASSET_DIR.parent != options.asset_folder:
         raise RuntimeError(
             f"ManiSkill was imported in this process with its assets in {mani_skill.ASSET_DIR.parent} and cannot "
             f"change to {options.asset_folder}; set MS_ASSET_DIR before the start"
         )
+    try:
+        sapien.render.RenderSystem(sapien.Device(device))
+    except RuntimeError as error:
+        raise RuntimeError(explain(str(error), device)) from error

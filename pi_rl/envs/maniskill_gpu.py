@@ -67,7 +67,7 @@ class ManiSkillBatchedVectorEnv(VectorEnv):
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         [name] = spec.tasks
         _check_gpu(sim_backend)
-        load_maniskill([TASKS[name]], options)
+        load_maniskill([TASKS[name]], options, "cuda" if "cuda" in render_backend else "cpu")
         self.spec = spec
         self.num_envs = num_envs
         self._blind = options.blind
