@@ -14,6 +14,11 @@ SMALL = {"image_size": 32, "hide_arm": True}
 PICK, PUSH = "PickCube-v1", "PushCube-v1"
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_folder_of_assets(maniskill_folder):
+    """The tasks here need no files, but others that run in this process do, and ManiSkill reads the folder once."""
+
+
 @pytest.fixture(scope="module")
 def simulators():
     """Simulators by task and options, made once: the first in a process costs as much as a hundred episodes."""

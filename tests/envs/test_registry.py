@@ -22,7 +22,7 @@ def test_all_tasks_of_the_simulator_have_an_instruction(metaworld):
         ("nothing", "must look like 'metaworld:reach-v3'"),
         ("Pendulum-v1", "did you mean 'gymnasium:Pendulum-v1'"),
         ("mt50", "did you mean 'metaworld:mt50'"),
-        ("libero:spatial", "unknown simulator 'libero'; there are gymnasium, metaworld, toy"),
+        ("isaac:spatial", "unknown simulator 'isaac'; there are calvin, gymnasium, libero, maniskill, metaworld, toy"),
         ("metawrld:reach-v3", "unknown simulator 'metawrld'; nearest: metaworld"),
         ("metaworld:reech-v3", "unknown task 'reech-v3' .*nearest: reach-v3"),
         ("metaworld:mt10", "nearest: mt50"),
