@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from pi_rl.flow.chain import Chain, ChainScore, VelocityFn, sample_chain, score_
 from pi_rl.flow.noise_network import NoiseNetwork
 from pi_rl.flow.sampler import FlowSampler
 from pi_rl.policies.critic import ValueHead
+from pi_rl.policies.execution import Execution, encode_in_passes, velocity_in_passes
 from pi_rl.policies.flow_policy import FlowPolicy, Prefix
 
 LEARNED_NOISE = "flow_noise"
@@ -44,10 +46,14 @@ class FlowActorCritic(nn.Module):
         value_head: The critic; None for critic-free algorithms.
         noise_network: Standard deviations of Flow-Noise; required by it, None for everything else.
         sampler: How chains are drawn and scored.
+        execution: Numeric type and rows of the network's passes, the same in rollout and update.
 
     Raises:
         ValueError: If the noise network is missing or superfluous.
     """
+
+    # what a sharding wrapper keeps together: layers of the action expert, the language model and the vision tower
+    _no_split_modules = ("_PiGemmaDecoderLayerBase", "SiglipEncoderLayer")
 
     def __init__(
         self,
@@ -55,6 +61,7 @@ class FlowActorCritic(nn.Module):
         value_head: ValueHead | None,
         noise_network: NoiseNetwork | None,
         sampler: FlowSampler,
+        execution: Execution | None = None,
     ):
         super().__init__()
         if (noise_network is None) == (sampler.noise == LEARNED_NOISE):
@@ -67,6 +74,7 @@ class FlowActorCritic(nn.Module):
         self.value_head = value_head
         self.noise_network = noise_network
         self.sampler = sampler
+        self.execution = execution or Execution()
         self._modes: dict[str, Callable[..., Any]] = {
             "encode": self._encode,
             "sample": self._sample,
@@ -80,7 +88,8 @@ class FlowActorCritic(nn.Module):
 
         Args:
             mode: One of
-                "encode": batch → `Prefix` (gradient only where the policy's prefix is live);
+                "encode": batch, and pooled=False where nobody reads the VLM's output → `Prefix` (gradient only where
+                the policy's prefix is live);
                 "sample": prefix, x_init (B, H, D), eps (B, K, H, D), step_index (B,) or None → `Sample` (no gradient);
                 "ode": prefix, x_init (B, H, D), denoising_steps or None for the sampler's K →
                 normalised actions (B, H, D) (no gradient);
@@ -95,7 +104,22 @@ class FlowActorCritic(nn.Module):
         """
         if mode not in self._modes:
             raise ValueError(f"mode={mode!r} is unknown; use one of {sorted(self._modes)}.")
-        return self._modes[mode](**inputs)
+        if self.policy.is_compiled:
+            torch.compiler.cudagraph_mark_step_begin()  # what earlier calls returned is no longer needed
+        with self.execution.autocast(next(self.parameters()).device):
+            return self._modes[mode](**inputs)
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Mapping[str, Any] | None = None) -> None:
+        """Trades time for memory in the update; called by the Trainer for ``gradient_checkpointing=True``.
+
+        Raises:
+            ValueError: If the policy has no layers to recompute, or settings are given (there are none).
+        """
+        if gradient_checkpointing_kwargs:
+            raise ValueError(
+                f"gradient_checkpointing_kwargs={gradient_checkpointing_kwargs} is not supported; leave it out."
+            )
+        self.policy.checkpoint_activations()
 
     def parameter_groups(
         self, learning_rate: float, critic_learning_rate: float, weight_decay: float
@@ -133,17 +157,28 @@ class FlowActorCritic(nn.Module):
 
     def _velocity(self, prefix: Prefix, features: list[Tensor] | None = None) -> VelocityFn:
         """The policy's velocity on a prefix; the expert's output tokens of every call are added to ``features``."""
+        passes = velocity_in_passes(self._policy_velocity, prefix, self.execution.expert_rows)
 
         def velocity(x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-            u, tokens = self.policy.velocity(prefix, x, t)
+            u, tokens = passes(x, t)
             if features is not None:
                 features.append(tokens)
             return u, tokens
 
         return velocity
 
-    def _encode(self, batch: Mapping[str, Any]) -> Prefix:
-        return self.policy.encode_prefix(batch)
+    def _policy_velocity(self, prefix: Prefix, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Compiled code rounds differently with and without gradients: acting runs what scoring will run."""
+        if torch.is_grad_enabled() or not self.policy.is_compiled:
+            return self.policy.velocity(prefix, x, t)
+        with torch.enable_grad():
+            u, tokens = self.policy.velocity(prefix, x, t)
+        return u.detach(), tokens.detach()
+
+    def _encode(self, batch: Mapping[str, Any], pooled: bool = True) -> Prefix:
+        read = pooled and self.value_head is not None and self.value_head.critic == "vlm"
+        encode = partial(self.policy.encode_prefix, pooled=read)
+        return encode_in_passes(encode, batch, self.execution.encode_rows)
 
     @torch.no_grad()
     def _sample(self, prefix: Prefix, x_init: Tensor, eps: Tensor, step_index: Tensor | None = None) -> Sample:
@@ -175,7 +210,7 @@ class FlowActorCritic(nn.Module):
     def _score(
         self, inputs: Prefix | Mapping[str, Any], chain: Chain, critic_input: Tensor | None = None
     ) -> tuple[ChainScore, Tensor | None]:
-        prefix = inputs if isinstance(inputs, Prefix) else self._encode(inputs)
+        prefix = inputs if isinstance(inputs, Prefix) else self._encode(inputs, pooled=False)
         score = score_chain(
             self._velocity(prefix), chain, self.sampler, self.policy.scored_mask(), std_fn=self.noise_network
         )
@@ -199,7 +234,7 @@ class FlowActorCritic(nn.Module):
             raise ValueError("critic 'expert' values an observation by its denoising chain; pass x_init and eps.")
         if self.critic_per_step:
             t = torch.ones(len(x_init), device=x_init.device)
-            _, tokens = self.policy.velocity(prefix, x_init.float(), t)
+            _, tokens = self._velocity(prefix)(x_init.float(), t)
             return self.value_head(self.value_head.observe(prefix, [tokens]))
         values = self._sample(prefix, x_init, eps, step_index).values
         assert values is not None

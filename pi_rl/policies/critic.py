@@ -62,12 +62,15 @@ class ValueHead(nn.Module):
             (B, V, width) float32: V = 1 for ``vlm``, one entry per denoising step for ``expert``.
 
         Raises:
-            ValueError: If the prefix's state does not fit `state_dim`, or ``expert`` gets no features.
+            ValueError: If the prefix has no pooled output or its state does not fit `state_dim`, or ``expert`` gets no
+                features.
         """
         if self.critic == "expert":
             if not features:
                 raise ValueError("critic 'expert' needs the expert's output tokens of at least one denoising step.")
             return torch.stack([step.detach().float().mean(dim=1) for step in features], dim=1)
+        if prefix.pooled is None:
+            raise ValueError("critic 'vlm' needs Prefix.pooled; encode the observations with pooled=True.")
         width = 0 if prefix.state is None else prefix.state.shape[-1]
         if width != self.state_dim:
             raise ValueError(

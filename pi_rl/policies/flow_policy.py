@@ -26,13 +26,13 @@ class Prefix:
     Attributes:
         kv: Keys and values of the prefix tokens, (L, 2, B, kv heads, S, head dim).
         pad_mask: True at valid prefix tokens, (B, S) bool.
-        pooled: Mean of the VLM's output over the valid tokens, (B, Dv) float32.
+        pooled: Mean of the VLM's output over the valid tokens, (B, Dv) float32, or None where nobody reads it.
         state: Normalised, zero-padded proprioception, (B, max_state_dim), or None when the prefix contains it.
     """
 
     kv: Tensor
     pad_mask: Tensor
-    pooled: Tensor
+    pooled: Tensor | None
     state: Tensor | None = None
 
     def __len__(self) -> int:
@@ -63,18 +63,23 @@ class Prefix:
         if indices.dtype == torch.bool:
             indices = indices.nonzero().flatten()
         indices = indices.to(self.pad_mask.device)
-        return Prefix(**{name: tensor.index_select(batch_axis(name), indices) for name, tensor in self.tensors()})
+        return Prefix.of({name: tensor.index_select(batch_axis(name), indices) for name, tensor in self.tensors()})
+
+    @staticmethod
+    def of(fields: Mapping[str, Tensor]) -> "Prefix":
+        """The prefix with these fields; those left out are absent."""
+        return Prefix(fields["kv"], fields["pad_mask"], fields.get("pooled"), fields.get("state"))
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> "Prefix":
         """Returns the prefix on another device."""
-        return Prefix(**{name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors()})
+        return Prefix.of({name: tensor.to(device, non_blocking=non_blocking) for name, tensor in self.tensors()})
 
     @staticmethod
     def cat(pieces: Sequence["Prefix"]) -> "Prefix":
         """Concatenates prefixes with the same token count S along the batch.
 
         Raises:
-            ValueError: If `pieces` is empty or the pieces differ in S, or in having a state.
+            ValueError: If `pieces` is empty or the pieces differ in S, or in which fields they have.
         """
         if not pieces:
             raise ValueError("Prefix.cat got no pieces; pass at least one Prefix.")
@@ -84,10 +89,11 @@ class Prefix:
                 f"Prefix.cat got token counts {lengths}; all pieces need the same one. Encode with the same cameras "
                 "and the same language length."
             )
-        if len({piece.state is None for piece in pieces}) > 1:
-            raise ValueError("Prefix.cat got pieces with and without state; encode all of them with one policy.")
-        return Prefix(
-            **{
+        present = [sorted(name for name, _ in piece.tensors()) for piece in pieces]
+        if any(names != present[0] for names in present):
+            raise ValueError(f"Prefix.cat got pieces with fields {present}; encode all of them in the same way.")
+        return Prefix.of(
+            {
                 name: torch.cat([getattr(piece, name) for piece in pieces], dim=batch_axis(name))
                 for name, _ in pieces[0].tensors()
             }
@@ -103,6 +109,7 @@ class FlowPolicy(nn.Module, abc.ABC):
     """A flow-matching policy: a prefix per observation, frozen or live, and a trainable action expert.
 
     Attributes:
+        is_compiled: Whether `velocity` runs compiled code, which differs with and without gradients.
         prefix_is_live: Whether prefixes depend on trained weights (LoRA on the VLM), so that the update has to encode
             observations again instead of reading stored prefixes.
         chunk_size: Predicted horizon H.
@@ -117,6 +124,7 @@ class FlowPolicy(nn.Module, abc.ABC):
         cameras: Feature keys of the images the policy was built for.
     """
 
+    is_compiled: bool = False
     prefix_is_live: bool = False
     chunk_size: int
     n_action_steps: int
@@ -130,13 +138,14 @@ class FlowPolicy(nn.Module, abc.ABC):
     cameras: tuple[str, ...]
 
     @abc.abstractmethod
-    def encode_prefix(self, batch: Mapping[str, Any]) -> Prefix:
+    def encode_prefix(self, batch: Mapping[str, Any], *, pooled: bool = True) -> Prefix:
         """Runs the VLM on preprocessed observations in eval mode.
 
         Gradients flow only where `prefix_is_live` and gradients are enabled; the numbers are the same either way.
 
         Args:
             batch: Output of the policy's preprocessor for B observations.
+            pooled: Whether `Prefix.pooled` is wanted; a policy may compute less without it.
 
         Returns:
             The prefix of B observations.
@@ -158,6 +167,23 @@ class FlowPolicy(nn.Module, abc.ABC):
     @abc.abstractmethod
     def freeze_vlm(self) -> None:
         """Leaves action expert, projections and LoRA adapters trainable; the VLM stays in eval mode from then on."""
+
+    @abc.abstractmethod
+    def compile_velocity(self, *, backend: str = "inductor", mode: str | None = None) -> None:
+        """Compiles `velocity` for fixed shapes: the denoising loop and the scored step both run it.
+
+        Args:
+            backend: Of `torch.compile`.
+            mode: Of `torch.compile`; "reduce-overhead" uses CUDA graphs.
+        """
+
+    def checkpoint_activations(self) -> None:
+        """Recomputes layers in the backward pass instead of keeping what they computed.
+
+        Raises:
+            ValueError: If the policy has no such layers.
+        """
+        raise ValueError(f"{type(self).__name__} has no layers to recompute; leave gradient_checkpointing out.")
 
     def trainable_parameters(self) -> list[nn.Parameter]:
         """Parameters that receive gradients."""

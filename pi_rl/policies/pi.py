@@ -13,10 +13,15 @@ from lerobot.policies.common.vla_utils import make_att_2d_masks, prepare_attenti
 from lerobot.policies.pi0.modeling_pi0 import PI0Policy
 from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, CheckpointWrapper
+from torch.distributed.fsdp import FSDPModule
+from transformers.models.gemma.modeling_gemma import apply_rotary_pos_emb
 
+from pi_rl.policies.attention import ATTENTION_IMPLEMENTATIONS, FOLDED, fold_mask
 from pi_rl.policies.flow_policy import FlowPolicy, Prefix
 from pi_rl.policies.lora import has_lora, lora_parameters
+from pi_rl.policies.parked import park_linear
 
 _EMPTY_CAMERA = "empty_camera"
 _ALWAYS_FLOAT32 = (
@@ -44,31 +49,70 @@ class ReadOnlyPrefixCache:
         self.kv = kv
 
     def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Returns the prefix's keys and values followed by the given ones, (B, kv heads, S + new, head dim) each."""
-        prefix_keys, prefix_values = self.kv[layer_idx].to(keys.dtype).unbind(0)
-        return torch.cat([prefix_keys, keys], dim=2), torch.cat([prefix_values, values], dim=2)
+        """Returns the prefix's keys and values followed by the given ones, (B, kv heads, S + new, head dim) each.
+
+        Under autocast in its type: rotary positions make float32 keys, and converting a token costs less than
+        converting the prefix.
+        """
+        dtype = compute_dtype(keys)
+        prefix_keys, prefix_values = self.kv[layer_idx].to(dtype).unbind(0)
+        return torch.cat([prefix_keys, keys.to(dtype)], dim=2), torch.cat([prefix_values, values.to(dtype)], dim=2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Number of prefix tokens S."""
         return self.kv.shape[4]
 
 
+class PrefixKeys:
+    """Collects the keys and values of a prefix, layer by layer, for attention layers that expect a cache.
+
+    A layer that runs a second time (activation checkpointing) changes nothing.
+    """
+
+    is_compileable = False
+
+    def __init__(self) -> None:
+        self.layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def update(self, keys: Tensor, values: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Keeps a layer's keys and values and returns them as they are."""
+        self.layers.setdefault(layer_idx, (keys, values))
+        return keys, values
+
+    def stacked(self) -> Tensor:
+        """All layers, (L, 2, B, kv heads, S, head dim), in the type that attention computes in."""
+        pairs = [self.layers[index] for index in sorted(self.layers)]
+        dtype = compute_dtype(pairs[0][0])
+        return torch.stack([torch.stack((keys.to(dtype), values.to(dtype))) for keys, values in pairs])
+
+
+def compute_dtype(tensor: Tensor) -> torch.dtype:
+    """Type in which matrix products of a tensor are computed: autocast's, or its own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
 class PiFlowPolicy(FlowPolicy):
     """LeRobot's π0 or π0.5 behind the flow-policy interface.
 
-    Attention is eager in both rollout and update: other kernels change bfloat16 results by up to 2e-2, which would
-    show up as policy ratios different from 1.
+    Rollout and update use the same attention: other kernels change bfloat16 results by up to 2e-2, which would show
+    up as policy ratios different from 1. The projections of state, time and actions stay in float32 under autocast,
+    where LeRobot has them too.
 
     Args:
         policy: A LeRobot `PI0Policy` or `PI05Policy` (subclasses included).
         language_tokens: Number of language token slots to encode; None encodes all of the tokenizer's padding.
             Padding does not change the result, it only costs compute and memory.
+        attention: "eager" or "sdpa" (fused kernels; Transformers' names).
 
     Raises:
-        ValueError: If `policy` is of another class or `language_tokens` is outside 1 … tokenizer_max_length.
+        ValueError: If `policy` is of another class, `language_tokens` is outside 1 … tokenizer_max_length or
+            `attention` is unknown.
     """
 
-    def __init__(self, policy: PI0Policy | PI05Policy, *, language_tokens: int | None = None):
+    def __init__(
+        self, policy: PI0Policy | PI05Policy, *, language_tokens: int | None = None, attention: str = "eager"
+    ):
         super().__init__()
         if not isinstance(policy, PI0Policy | PI05Policy):
             raise ValueError(
@@ -81,8 +125,11 @@ class PiFlowPolicy(FlowPolicy):
                 f"language_tokens={language_tokens} is outside 1 … "
                 f"tokenizer_max_length={config.tokenizer_max_length}; use None for all."
             )
+        if attention not in ATTENTION_IMPLEMENTATIONS:
+            raise ValueError(f"attention={attention!r} is unknown; use one of {ATTENTION_IMPLEMENTATIONS}.")
         self.policy = policy
         self.language_tokens = language_tokens
+        self.attention = attention
         self._state_in_suffix = isinstance(policy, PI0Policy)
         self._vlm_frozen = False
         self.prefix_is_live = has_lora(policy)
@@ -141,7 +188,51 @@ class PiFlowPolicy(FlowPolicy):
         self._expert.lm_head.requires_grad_(False)
         self._vlm.eval()
 
-    def encode_prefix(self, batch: Mapping[str, Any]) -> Prefix:
+    def train_vlm(self) -> None:
+        """Makes the VLM trainable as far as the action expert reads it; prefixes are live from then on.
+
+        Of the last language layer the expert reads keys and values alone: its other parts, the final norm and the
+        language heads get no gradient and stay frozen. The VLM stays in eval mode (it has no dropout to switch on).
+        """
+        self.freeze_vlm()
+        self._vlm.requires_grad_(True)
+        last = self._language_model.layers[-1]
+        unread = (last.self_attn.q_proj, last.self_attn.o_proj, last.post_attention_layernorm, last.mlp)
+        for module in (*unread, self._language_model.norm, self._vlm.lm_head):
+            module.requires_grad_(False)
+        self.prefix_is_live = True
+
+    def park_language_heads(self) -> int:
+        """Takes the two language heads off the compute device: π0 and π0.5 never use them (790 M parameters).
+
+        They stay in `state_dict()`, so a saved policy has them.
+
+        Returns:
+            Bytes that were freed on the compute device.
+        """
+        return park_linear(self._vlm, "lm_head") + park_linear(self._expert, "lm_head")
+
+    def checkpoint_activations(self) -> None:
+        """Recomputes layers in the backward pass instead of keeping what they computed.
+
+        The expert's layers; with a live prefix the VLM's too. Names of parameters stay as they are.
+        """
+        stacks = [self._expert.model.layers]
+        if self.prefix_is_live:
+            stacks += [self._language_model.layers, self._vlm.model.vision_tower.vision_model.encoder.layers]
+        for layers in stacks:
+            for index, layer in enumerate(layers):
+                if not isinstance(layer, CheckpointWrapper):
+                    layers[index] = CheckpointWrapper(layer, CheckpointImpl.NO_REENTRANT)
+
+    def compile_velocity(self, *, backend: str = "inductor", mode: str | None = None) -> None:
+        """Compiles the action expert's pass; see `FlowPolicy.compile_velocity`."""
+        self._expert_pass = torch.compile(  # type: ignore[method-assign]
+            self._expert_pass, backend=backend, mode=mode, fullgraph=True, dynamic=False
+        )
+        self.is_compiled = True
+
+    def encode_prefix(self, batch: Mapping[str, Any], *, pooled: bool = True) -> Prefix:
         """Runs SigLIP and the language model on preprocessed observations; see `FlowPolicy.encode_prefix`.
 
         `Prefix.pooled` carries gradients too when the prefix is live.
@@ -150,57 +241,103 @@ class PiFlowPolicy(FlowPolicy):
             batch: Output of the preprocessor: images (B, 3, height, width) in [0, 1] by feature key,
                 `observation.state` (B, state dim) normalised, `observation.language.tokens` (B, N) and
                 `observation.language.attention_mask` (B, N).
+            pooled: Whether the VLM's output is wanted. Without it the last layer stops at its keys and values.
 
         Raises:
             ValueError: If a key is missing, or a prompt is longer than `language_tokens`.
         """
         with torch.set_grad_enabled(self.prefix_is_live and torch.is_grad_enabled()):
-            return self._encode(batch)
+            return self._encode(batch, pooled)
 
-    def _encode(self, batch: Mapping[str, Any]) -> Prefix:
+    def _encode(self, batch: Mapping[str, Any], pooled: bool) -> Prefix:
         images, image_masks = self._images(batch)
         tokens, token_mask = self._language(batch)
         model, language_model = self.policy.model, self._language_model
         was_training = self._vlm.training
-        self._vlm.eval()  # in train mode with gradient checkpointing LeRobot drops the cache
+        self._vlm.eval()  # in train mode LeRobot's own checkpointing would run embeddings a second time
         embeddings, pad_mask, attention = model.embed_prefix(images, image_masks, tokens, token_mask)
-        language_model.config._attn_implementation = "eager"
-        output = language_model(
-            inputs_embeds=embeddings,
-            attention_mask=prepare_attention_masks_4d(make_att_2d_masks(pad_mask, attention)),
-            position_ids=torch.cumsum(pad_mask, dim=1) - 1,
-            use_cache=True,
-        )
+        output, keys = self._language_layers(embeddings, pad_mask, attention, pooled)
         self._vlm.train(was_training)
-        kv = torch.stack([torch.stack((layer[0], layer[1])) for layer in output.past_key_values])
-        weights = pad_mask.float().unsqueeze(-1)
-        pooled = (output.last_hidden_state.float() * weights).sum(1) / weights.sum(1)
+        mean = None
+        if pooled:
+            weights = pad_mask.float().unsqueeze(-1)
+            mean = (language_model.norm(output)[0].float() * weights).sum(1) / weights.sum(1)
         state = self.policy.prepare_state(batch).float() if self._state_in_suffix else None
-        return Prefix(kv=kv, pad_mask=pad_mask, pooled=pooled, state=state)
+        return Prefix(kv=keys.stacked(), pad_mask=pad_mask, pooled=mean, state=state)
+
+    def _language_layers(
+        self, embeddings: Tensor, pad_mask: Tensor, attention: Tensor, whole: bool
+    ) -> tuple[Tensor, PrefixKeys]:
+        """The language model's layers; the last one only up to its keys and values unless ``whole``."""
+        language_model = self._language_model
+        language_model.config._attn_implementation = self._implementation
+        layers, keys = language_model.layers, PrefixKeys()
+        positions = torch.cumsum(pad_mask, dim=1) - 1
+        hidden = embeddings
+        if layers[0].self_attn.q_proj.weight.dtype == torch.bfloat16:
+            hidden = hidden.to(torch.bfloat16)
+        rotary = language_model.rotary_emb(hidden, positions)
+        if self.attention == "sdpa":  # all tokens see the same ones; what padding computes is never read
+            mask = fold_mask(pad_mask[:, None], self._heads, compute_dtype(hidden))
+        else:
+            mask = prepare_attention_masks_4d(make_att_2d_masks(pad_mask, attention))
+        # a sharded layer gathers its weights when it is called as a whole, not when its parts are
+        whole = whole or isinstance(layers[-1], FSDPModule)
+        for layer in layers if whole else layers[:-1]:
+            hidden = layer(
+                hidden,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=keys,
+                use_cache=True,
+                position_embeddings=rotary,
+            )
+        if not whole:
+            _keys_and_values(layers[-1], hidden, rotary, keys)
+        return hidden, keys
 
     def velocity(self, prefix: Prefix, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Velocity and output tokens of the action expert; see `FlowPolicy.velocity`.
 
         Equals LeRobot's `denoise_step`. The expert is called as a module so that hooks (FSDP, checkpointing) run.
         """
-        model, expert = self.policy.model, self._expert.model
-        inputs = (prefix.state, x, t) if self._state_in_suffix else (x, t)
-        embeddings, suffix_mask, attention, condition = model.embed_suffix(*inputs)
-        (samples, suffix_length), prefix_length = suffix_mask.shape, prefix.pad_mask.shape[1]
-        to_prefix = prefix.pad_mask[:, None, :].expand(samples, suffix_length, prefix_length)
+        self._expert.model.config._attn_implementation = self._implementation
+        return self._expert_pass(prefix.kv, prefix.pad_mask, prefix.state, x, t)
+
+    def _expert_pass(
+        self, kv: Tensor, pad_mask: Tensor, state: Tensor | None, x: Tensor, t: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        model = self.policy.model
+        inputs = (state, x, t) if self._state_in_suffix else (x, t)
+        with torch.autocast(x.device.type, enabled=False):
+            embeddings, suffix_mask, attention, condition = model.embed_suffix(*inputs)
+        (samples, suffix_length), prefix_length = suffix_mask.shape, pad_mask.shape[1]
+        to_prefix = pad_mask[:, None, :].expand(samples, suffix_length, prefix_length)
         visible = torch.cat([to_prefix, make_att_2d_masks(suffix_mask, attention)], dim=2)
-        positions = prefix.pad_mask.sum(dim=1, keepdim=True) + torch.cumsum(suffix_mask, dim=1) - 1
-        expert.config._attn_implementation = "eager"
-        output = expert(
+        if self.attention == "sdpa":
+            weight = self._expert.model.layers[0].self_attn.q_proj.weight  # decides the type that LeRobot computes in
+            mask = fold_mask(visible, self._heads, compute_dtype(weight))
+        else:
+            mask = prepare_attention_masks_4d(visible)
+        output = self._expert.model(
             inputs_embeds=embeddings,
-            attention_mask=prepare_attention_masks_4d(visible),
-            position_ids=positions,
-            past_key_values=ReadOnlyPrefixCache(prefix.kv),
+            attention_mask=mask,
+            position_ids=pad_mask.sum(dim=1, keepdim=True) + torch.cumsum(suffix_mask, dim=1) - 1,
+            past_key_values=ReadOnlyPrefixCache(kv),
             use_cache=False,
             adarms_cond=condition,
         )
         features = output.last_hidden_state[:, -self.chunk_size :].float()
-        return model.action_out_proj(features).float(), features
+        with torch.autocast(x.device.type, enabled=False):
+            return model.action_out_proj(features).float(), features
+
+    @property
+    def _implementation(self) -> str:
+        return FOLDED if self.attention == "sdpa" else "eager"
+
+    @property
+    def _heads(self) -> int:
+        return self._expert.model.config.num_attention_heads
 
     def _images(self, batch: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
         missing = [camera for camera in self.cameras if camera not in batch]
@@ -228,3 +365,15 @@ class PiFlowPolicy(FlowPolicy):
                 "raise it or use None."
             )
         return tokens[:, : self.language_tokens], mask[:, : self.language_tokens]
+
+
+def _keys_and_values(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], keys: PrefixKeys) -> None:
+    """What a decoder layer adds to a cache, without what it would pass on."""
+    attention: Any = layer.self_attn
+    normed, _ = layer.input_layernorm(hidden)  # type: ignore[operator]
+    shape = (*hidden.shape[:-1], -1, attention.head_dim)
+    key, value = (
+        projection(normed).view(shape).transpose(1, 2) for projection in (attention.k_proj, attention.v_proj)
+    )
+    key, _ = apply_rotary_pos_emb(key, key, *rotary)
+    keys.update(key, value, attention.layer_idx)

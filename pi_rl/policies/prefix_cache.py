@@ -105,7 +105,7 @@ class PrefixStore:
                 gathered = gathered.pin_memory()
             gathered = gathered.to(self.device, non_blocking=True)
             fields[name] = gathered.movedim(0, batch_axis(name))
-        return Prefix(**fields)
+        return Prefix.of(fields)
 
     def _sample_first(self, name: str, tensor: Tensor) -> Tensor:
         tensor = tensor.detach().movedim(batch_axis(name), 0)

@@ -81,24 +81,45 @@ def build_actor_critic(
     policy = wrap_policy(loaded.policy)
     policy.freeze_vlm()
     disable_dropout(policy)
-    if not isinstance(policy, PiFlowPolicy):
-        for name, value in (("peft_config", peft_config), ("vlm_dtype", args.vlm_dtype)):
+    if isinstance(policy, PiFlowPolicy):
+        _prepare_vlm(policy, args, peft_config)
+    else:
+        vlm_options = {
+            "peft_config": peft_config,
+            "vlm_dtype": args.vlm_dtype,
+            "train_vlm": args.train_vlm or None,
+            "attn_implementation": args.attn_implementation,
+            "gradient_checkpointing": args.gradient_checkpointing or None,
+        }
+        for name, value in vlm_options.items():
             if value is not None:
                 raise ValueError(
                     f"{name} is about a VLM, and {type(loaded.policy).__name__} has none; leave {name} out."
                 )
-    else:
-        if args.vlm_dtype is not None:
-            policy.cast_vlm(getattr(torch, args.vlm_dtype))
-        if peft_config is not None:
-            add_lora(policy, peft_config)
     for parameter in policy.trainable_parameters():
         parameter.data = parameter.data.float()  # bfloat16 weights would round small updates away
     critic = make_critic(policy)
     noise_network = None
     if args.noise == "flow_noise":
         noise_network = NoiseNetwork(policy.feature_dim, policy.max_action_dim, args.noise_std_min, args.noise_std_max)
-    return FlowActorCritic(policy, critic, noise_network, args.sampler())
+    if args.torch_compile:
+        policy.compile_velocity(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+    return FlowActorCritic(policy, critic, noise_network, args.sampler(), args.execution(policy.prefix_is_live))
+
+
+def _prepare_vlm(policy: PiFlowPolicy, args: FlowConfig, peft_config: LoraConfig | None) -> None:
+    """What is trained of the VLM, its numeric type and its attention."""
+    if args.train_vlm and peft_config is not None:
+        raise ValueError("train_vlm trains the whole VLM, and LoRA adapts a frozen one; use one of them.")
+    policy.attention = args.attention()
+    vlm_dtype = args.vlm_dtype or ("bfloat16" if args.bf16 and not args.train_vlm else None)
+    if vlm_dtype is not None:
+        policy.cast_vlm(getattr(torch, vlm_dtype))
+    if peft_config is not None:
+        add_lora(policy, peft_config)
+    if args.train_vlm:
+        policy.train_vlm()
+    policy.park_language_heads()
 
 
 def disable_dropout(module: nn.Module) -> None:

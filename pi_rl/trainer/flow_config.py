@@ -5,13 +5,17 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import torch
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from pi_rl.arguments import option
 from pi_rl.flow.sampler import FlowSampler
+from pi_rl.policies.attention import ATTENTION_IMPLEMENTATIONS
+from pi_rl.policies.execution import Execution
 
 FLOW, UPDATE, ROLLOUT, EVAL = "Flow sampling", "Policy update", "Rollout", "Evaluation and checkpoints"
+COMPUTE = "Precision and memory"
 
 
 @dataclass
@@ -88,7 +92,31 @@ class FlowConfig(TrainingArguments):
         "where prefix keys and values wait for the update: device or host memory (not with LoRA)",
     )
     vlm_dtype: str | None = option(
-        None, ROLLOUT, "numeric type of the frozen VLM: bfloat16 or float32; default: as it was saved"
+        None,
+        COMPUTE,
+        "numeric type of the frozen VLM: bfloat16 or float32; default: bfloat16 with bf16, else as it was saved",
+    )
+    train_vlm: bool = option(
+        False, COMPUTE, "train the whole VLM too (float32 masters: shard them with FSDP); excludes LoRA"
+    )
+    attn_implementation: str | None = option(
+        None,
+        COMPUTE,
+        "attention of VLM and action expert, in rollouts and updates alike: sdpa (fused) or eager; default: sdpa on a "
+        "GPU and with bf16, else eager",
+    )
+    bf16: bool = option(
+        False,
+        COMPUTE,
+        "matrix products of rollout, update and evaluation in bfloat16; trained weights keep float32 masters",
+    )
+    gradient_checkpointing: bool = option(
+        False, COMPUTE, "recompute the trained layers in the backward pass: less memory, a third more time there"
+    )
+    torch_compile: bool = option(
+        False,
+        COMPUTE,
+        "compile the action expert's pass; torch_compile_mode=reduce-overhead uses CUDA graphs",
     )
 
     eval_episodes: int = option(200, EVAL, "fixed initial states per evaluation; 0 switches evaluation off")
@@ -138,6 +166,7 @@ class FlowConfig(TrainingArguments):
         self._accumulate()
         self._iterations_to_steps()
         super().__post_init__()
+        self._check_precision()
         self.sampler()
         self._check_annealing()
         self._check_batches()
@@ -182,6 +211,27 @@ class FlowConfig(TrainingArguments):
             return self.noise_level
         share = iteration / max(1, self.num_iterations - 1)
         return self.noise_level + share * (self.noise_level_end - self.noise_level)
+
+    def attention(self) -> str:
+        """The attention kernels of VLM and action expert."""
+        fused = self.device.type == "cuda" or self.bf16
+        return self.attn_implementation or ("sdpa" if fused else "eager")
+
+    def execution(self, prefix_is_live: bool) -> Execution:
+        """Numeric type of the network's passes, and their rows where rounding depends on them.
+
+        Args:
+            prefix_is_live: Whether the update encodes observations, as rollouts do.
+        """
+        rows = self.per_device_train_batch_size
+        acting = self.num_envs // self.world_size
+        fixed = self.bf16 or self.torch_compile
+        return Execution(
+            compute_dtype=torch.bfloat16 if self.bf16 else None,
+            expert_rows=rows if fixed else None,
+            # a divisor of both, so that no observation is encoded only to fill a pass
+            encode_rows=math.gcd(rows, acting) if fixed and prefix_is_live else None,
+        )
 
     @property
     def samples_per_iteration(self) -> int:
@@ -266,19 +316,23 @@ class FlowConfig(TrainingArguments):
                 self.noise != "ode",
                 "flow_noise, flow_sde or flow_cps: ode is deterministic, it has no log-prob",
             ),
-            (
-                "bf16",
-                not self.bf16,
-                "false: rollouts, evaluation and update must compute alike; load the VLM in bfloat16",
-            ),
-            ("fp16", not self.fp16, "false: rollouts, evaluation and update must compute alike"),
+            ("fp16", not self.fp16, "false; use bf16, whose range needs no loss scaling"),
             ("entropy_coefficient", self.entropy_coefficient >= 0, "0 or more"),
             ("noise_std_min", self.noise_std_min > 0, "above 0"),
             ("noise_std_max", self.noise_std_max > self.noise_std_min, f"above noise_std_min={self.noise_std_min}"),
             ("eval_episodes", self.eval_episodes >= 0, "0 or more"),
             ("vlm_dtype", self.vlm_dtype in (None, "bfloat16", "float32"), "bfloat16 or float32, or left out"),
             ("prefix_storage", self.prefix_storage in ("device", "host"), "device or host"),
-            ("gradient_checkpointing", not self.gradient_checkpointing, "false (the frozen prefix is cached instead)"),
+            (
+                "attn_implementation",
+                self.attn_implementation in (None, *ATTENTION_IMPLEMENTATIONS),
+                f"one of {', '.join(ATTENTION_IMPLEMENTATIONS)}, or left out",
+            ),
+            (
+                "vlm_dtype",
+                self.vlm_dtype is None or not self.train_vlm,
+                "left out with train_vlm: what is trained has float32 masters",
+            ),
             ("push_to_hub", not self.push_to_hub, "false; upload the saved policy folder with `hf upload`"),
             (
                 "num_train_epochs",
@@ -316,17 +370,18 @@ class FlowConfig(TrainingArguments):
             self.save_strategy, self.save_steps = "steps", updates * self.save_every_iterations
             self.derived |= {"save_strategy", "save_steps"}
 
+    def _check_precision(self) -> None:
+        """Accelerate's own mixed precision counts as ours: a launch file may ask for it instead of ``bf16``."""
+        if self.mixed_precision not in ("no", "bf16"):
+            raise ValueError(f"mixed_precision={self.mixed_precision!r} is not supported; use bf16 or no.")
+        self.bf16 = self.mixed_precision == "bf16"
+
     def _check_annealing(self) -> None:
         if self.noise_level_end is None:
             return
         replace(self.sampler(), noise_level=self.noise_level_end)
         if self.num_iterations == 1:
             raise ValueError("noise_level_end is reached in the last iteration, and num_iterations=1; leave it out.")
-        if self.torch_compile:
-            raise ValueError(
-                "noise_level_end changes the noise in every iteration, and torch_compile would compile anew each "
-                "time; use one of them."
-            )
 
     def _check_batches(self) -> None:
         if self.num_envs % self.world_size:

@@ -225,6 +225,13 @@ class FlowTrainer(CheckpointedTrainer):
         """Ticks, deliberately not prepared by accelerate: the same on every process and never read ahead."""
         return tick_loader(self.train_dataset)
 
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """The model runs its own autocast and compiles its own parts, also before and without the Trainer's loop."""
+        built = super()._build_accelerator_args(**kwargs)
+        built["mixed_precision"] = "no"
+        built.pop("dynamo_plugin", None)
+        return built
+
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """AdamW over the action expert and heads, the critic at its own learning rate."""
         if self.optimizer is None:

@@ -79,7 +79,7 @@ def test_errors():
         PrefixStore(capacity=-1)
     with pytest.raises(ValueError, match="token counts"):
         Prefix.cat([prefix(1), prefix(1, tokens=6)])
-    with pytest.raises(ValueError, match="with and without state"):
+    with pytest.raises(ValueError, match="got pieces with fields"):
         Prefix.cat([prefix(1), prefix(1, state=False)])
     with pytest.raises(ValueError, match="no pieces"):
         Prefix.cat([])

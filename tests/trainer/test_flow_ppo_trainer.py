@@ -225,7 +225,6 @@ def test_trackio_and_wandb_keep_local_records(train, tmp_path, monkeypatch):
         ({"noise_std_max": 0.1}, "noise_std_min=0.4"),
         ({"eval_strategy": "steps", "eval_steps": 3}, "multiple of 4"),
         ({"logging_nan_inf_filter": True}, "NaN"),
-        ({"gradient_checkpointing": True}, "gradient_checkpointing"),
         ({"num_train_epochs": 7}, "num_iterations"),
         ({"save_every_iterations": 0}, "save_every_iterations=0"),
         ({"eval_episodes": 0, "eval_strategy": "epoch"}, "eval_strategy"),

@@ -287,7 +287,8 @@ def test_a_grpo_checkpoint_has_no_critic(train, tmp_path):
 def test_torch_compile_changes_nothing_but_rounding(train):
     plain = train()
     compiled = train(torch_compile=True, torch_compile_backend="aot_eager")
-    assert isinstance(compiled.model_wrapped, torch._dynamo.OptimizedModule)
+    assert compiled.actor_critic.policy.is_compiled
+    assert compiled.actor_critic.execution.expert_rows == compiled.args.per_device_train_batch_size
     for name, value in parameters(plain).items():
         torch.testing.assert_close(parameters(compiled)[name], value, rtol=1e-3, atol=2e-5)
 
@@ -297,12 +298,17 @@ def test_torch_compile_changes_nothing_but_rounding(train):
     [
         (PPO, {"mdp": "three_layer"}, "two_layer"),
         (PPO, {"noise": "ode"}, "deterministic, it has no log-prob"),
-        (PPO, {"bf16": True}, "compute alike"),
+        (PPO, {"fp16": True}, "use bf16"),
         (PPO, {"noise": "flow_cps", "noise_level_end": 1.2}, "outside"),
         (PPO, {"noise_level_end": 0.2, "num_iterations": 1}, "num_iterations=1"),
         (PPO, {"critic_warmup_iterations": 2}, "below num_iterations=2"),
         (PPO, {"value_loss_coefficient": 0.0}, "trained critic"),
         (PPO, {"vlm_dtype": "bfloat16"}, "about a VLM"),
+        (PPO, {"train_vlm": True}, "about a VLM"),
+        (PPO, {"gradient_checkpointing": True}, "about a VLM"),
+        (PPO, {"attn_implementation": "sdpa"}, "about a VLM"),
+        (PPO, {"attn_implementation": "flash"}, "one of eager, sdpa"),
+        (PPO, {"train_vlm": True, "vlm_dtype": "bfloat16"}, "float32 masters"),
         (PPO, {"mdp": "hybrid", "joint_reduction": "mean"}, "joint_reduction"),
         (PPO, {"denoising_lambda": 0.5}, "no effect with mdp 'hybrid'"),
         (PPO, {"critic": "image"}, "vlm or expert"),

@@ -47,11 +47,12 @@ class MlpFlowPolicy(FlowPolicy):
         self.policy.requires_grad_(True)
 
     @torch.no_grad()
-    def encode_prefix(self, batch: Mapping[str, Any]) -> Prefix:
+    def encode_prefix(self, batch: Mapping[str, Any], *, pooled: bool = True) -> Prefix:
         """Wraps the state as a prefix; see `FlowPolicy.encode_prefix`.
 
         Args:
             batch: Output of the preprocessor: `observation.state` (B, state dim), normalised.
+            pooled: Without effect: the state is the prefix, and stands in `Prefix.pooled`.
 
         Raises:
             ValueError: If the state is missing or has another size.
@@ -69,6 +70,12 @@ class MlpFlowPolicy(FlowPolicy):
 
     def velocity(self, prefix: Prefix, x: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Velocity and action tokens; see `FlowPolicy.velocity`."""
+        assert prefix.pooled is not None
         dtype = self.policy.model.action_out.weight.dtype
         velocity, features = self.policy.model(prefix.pooled.to(dtype), x.to(dtype), t.to(dtype))
         return velocity.float(), features.float()
+
+    def compile_velocity(self, *, backend: str = "inductor", mode: str | None = None) -> None:
+        """Compiles the network; see `FlowPolicy.compile_velocity`."""
+        self.policy.model.compile(backend=backend, mode=mode, dynamic=False)
+        self.is_compiled = True
