@@ -6,6 +6,7 @@ denoising steps, epochs and minibatches, and the expert's output tokens are retu
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,8 @@ from lerobot.policies.pi0.modeling_pi0 import PI0Policy
 from lerobot.policies.pi05.modeling_pi05 import PI05Policy
 from lerobot.utils.constants import ACTION, OBS_LANGUAGE_ATTENTION_MASK, OBS_LANGUAGE_TOKENS, OBS_STATE
 from torch import Tensor, nn
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import CheckpointImpl, CheckpointWrapper
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.checkpoint import checkpoint
 from transformers.models.gemma.modeling_gemma import apply_rotary_pos_emb
 
 from pi_rl.policies.attention import ATTENTION_IMPLEMENTATIONS, FOLDED, fold_mask
@@ -221,9 +222,10 @@ class PiFlowPolicy(FlowPolicy):
         if self.prefix_is_live:
             stacks += [self._language_model.layers, self._vlm.model.vision_tower.vision_model.encoder.layers]
         for layers in stacks:
-            for index, layer in enumerate(layers):
-                if not isinstance(layer, CheckpointWrapper):
-                    layers[index] = CheckpointWrapper(layer, CheckpointImpl.NO_REENTRANT)
+            for layer in layers:
+                if "forward" not in vars(layer):  # a wrapping module would change the parameters' names
+                    # nothing here is random
+                    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
     def compile_velocity(self, *, backend: str = "inductor", mode: str | None = None) -> None:
         """Compiles the action expert's pass; see `FlowPolicy.compile_velocity`."""
