@@ -112,6 +112,7 @@ def _prepare_vlm(policy: PiFlowPolicy, args: FlowConfig, peft_config: LoraConfig
     if args.train_vlm and peft_config is not None:
         raise ValueError("train_vlm trains the whole VLM, and LoRA adapts a frozen one; use one of them.")
     policy.attention = args.attention()
+    policy.park_language_heads()  # before the cast, which would round them
     vlm_dtype = args.vlm_dtype or ("bfloat16" if args.bf16 and not args.train_vlm else None)
     if vlm_dtype is not None:
         policy.cast_vlm(getattr(torch, vlm_dtype))
@@ -119,7 +120,6 @@ def _prepare_vlm(policy: PiFlowPolicy, args: FlowConfig, peft_config: LoraConfig
         add_lora(policy, peft_config)
     if args.train_vlm:
         policy.train_vlm()
-    policy.park_language_heads()
 
 
 def disable_dropout(module: nn.Module) -> None:
