@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn import functional
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -65,7 +65,7 @@ class Count:
 
 
 class Meter(TorchDispatchMode):
-    """Follows storages on one device and adds up FLOPs; enter it inside a ``FakeTensorMode``, or alone on real tensors.
+    """Follows storages on one device and adds up FLOPs, inside a ``FakeTensorMode`` or alone on real tensors.
 
     A fake tensor's content is unknown. Where the code asks for it, ``all()`` answers True and everything else 0, which
     is what the project's checks of their inputs expect.
@@ -198,19 +198,20 @@ def _unknown(tensor: Tensor) -> bool:
     return isinstance(tensor, FakeTensor) and tensor.constant is None
 
 
-class GpuAttention(TorchFunctionMode):
+@contextmanager
+def gpu_attention() -> Iterator[None]:
     """Sends ``scaled_dot_product_attention`` to the kernel that a GPU would choose, whatever the fake device.
 
     With an additive or boolean mask that is the memory-efficient kernel; with grouped heads it is plain arithmetic,
-    which keeps the matrix of weights.
+    which keeps the matrix of weights. The name in PyTorch is replaced for the time of the block: a mode of functions
+    would be off inside a backward pass, where checkpointed layers run again.
     """
-
-    def __torch_function__(
-        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return _attention(*args, **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    original = functional.scaled_dot_product_attention
+    functional.scaled_dot_product_attention = _attention
+    try:
+        yield
+    finally:
+        functional.scaled_dot_product_attention = original
 
 
 def _attention(
@@ -257,7 +258,7 @@ def planning(*, gpu: bool) -> Iterator[FakeTensorMode]:
     """
     with ExitStack() as stack:
         if gpu:
-            stack.enter_context(GpuAttention())
+            stack.enter_context(gpu_attention())
         yield stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
 
 
@@ -273,9 +274,7 @@ def without_content(module: nn.Module, mode: FakeTensorMode) -> None:
     def fake(tensor: Tensor) -> Tensor:
         if id(tensor) not in made:
             empty = FakeTensor(mode, torch.empty_like(tensor, device="meta"), torch.device("cpu"))
-            made[id(tensor)] = (
-                nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
-            )
+            made[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
         return made[id(tensor)]
 
     for part in module.modules():
