@@ -11,6 +11,7 @@ from pi_rl.cli.parser import UserError
 
 COMMANDS = {
     "eval": ("pi_rl.cli.eval", "success of a policy on fixed initial states: table, JSON, videos; resumable"),
+    "plan": ("pi_rl.cli.plan", "memory, FLOPs and seconds of a run, before it runs; needs neither weights nor GPU"),
     "assets": ("pi_rl.cli.assets", "what the simulators need beside their packages, and how to get it"),
 }
 """Name to module and summary. A module has `run(argv) -> int`; it is imported when its command is called."""

@@ -56,7 +56,7 @@ class CommandParser(argparse.ArgumentParser):
             UserError: One is unknown, missing or does not fit.
             SystemExit: With status 0 after `--help`.
         """
-        values, rest = self.parse_known_args([_underscored(word) for word in argv])
+        values, rest = self.parse_known_args([underscored(word) for word in argv])
         if not rest:
             return values
         known = [text for action in self._actions for text in action.option_strings if text.startswith("--")]
@@ -67,7 +67,8 @@ class CommandParser(argparse.ArgumentParser):
         raise UserError(f"{word!r} belongs to no option of {self.prog}; `{self.prog} --help` lists them.")
 
 
-def _underscored(word: str) -> str:
+def underscored(word: str) -> str:
+    """`--some-name` as `--some_name`; other words as they are."""
     if not word.startswith("--"):
         return word
     name, equals, value = word.partition("=")

@@ -5,6 +5,7 @@ Under :class:`Meter` the project's own code runs on tensors that have a shape, a
 would, so that the plan of a model is the model's own code and cannot drift from it.
 """
 
+import re
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,6 +23,8 @@ from torch.utils.flop_counter import flop_registry
 
 ALLOCATION_UNIT = 512  # bytes; PyTorch's CUDA allocator rounds every tensor up to it
 _aten = torch.ops.aten
+_NUMBERS = re.compile(r"\.\d+")
+_WRAPPERS = ("_checkpoint_wrapped_module.", "policy.policy.model.", "paligemma_with_expert.")
 _ANSWER = "planned_answer"
 
 
@@ -45,6 +48,7 @@ class Count:
     Attributes:
         flops: Floating-point operations of matrix products, convolutions and attention (2 per multiply-add).
         recomputed: The part of them that repeats a forward pass inside the backward pass.
+        operations: Operations that made a tensor: about as many kernels as a GPU would be given.
         before: Bytes that were alive when the phase began.
         peak: Most bytes that were alive during it.
         after: Bytes that were alive when it ended.
@@ -53,6 +57,7 @@ class Count:
 
     flops: int = 0
     recomputed: int = 0
+    operations: int = 0
     before: int = 0
     peak: int = 0
     after: int = 0
@@ -80,11 +85,11 @@ class Meter(TorchDispatchMode):
         super().__init__()
         self.device_type, self.unit = device, unit
         self.live = 0
-        self._names = {} if model is None else {id(part): name for name, part in model.named_modules()}
+        self._names = {} if model is None else {id(part): _short(name) for name, part in model.named_modules()}
         self._stack: list[str] = []
         self._known: dict[int, int] = {}
         self._events: list[tuple[int, int, str]] = []
-        self._flops = self._recomputed = 0
+        self._flops = self._recomputed = self._operations = 0
         self._backward = False
         self._hooks = ExitStack()
 
@@ -108,9 +113,10 @@ class Meter(TorchDispatchMode):
     def phase(self) -> Iterator[Count]:
         """Counts what happens in the block."""
         count = Count(before=self.live)
-        first, flops, recomputed = len(self._events), self._flops, self._recomputed
+        first, flops, recomputed, operations = len(self._events), self._flops, self._recomputed, self._operations
         yield count
         count.flops, count.recomputed = self._flops - flops, self._recomputed - recomputed
+        count.operations = self._operations - operations
         count.after = self.live
         count.peak, count.largest = self._peak(first, count.before)
 
@@ -139,7 +145,8 @@ class Meter(TorchDispatchMode):
                 made.pop(key, None)
         groups: dict[str, int] = {}
         for storage in made.values():
-            groups[storage.label] = groups.get(storage.label, 0) + storage.nbytes
+            label = _NUMBERS.sub(".*", storage.label)  # the same tensor of all layers is one entry
+            groups[label] = groups.get(label, 0) + storage.nbytes
         ordered = sorted(groups.items(), key=lambda entry: -entry[1])
         return peak, [Live(label, nbytes) for label, nbytes in ordered]
 
@@ -175,6 +182,7 @@ class Meter(TorchDispatchMode):
         key = storage._cdata
         if key in self._known:
             return
+        self._operations += 1
         nbytes = -(-storage.nbytes() // self.unit) * self.unit
         self._known[key] = nbytes
         self._change(key, nbytes, label)
@@ -192,6 +200,13 @@ class Meter(TorchDispatchMode):
 
     def _leave_module(self, module: nn.Module, inputs: Any, output: Any) -> None:
         self._stack.pop()
+
+
+def _short(name: str) -> str:
+    """A module's name without what all names have."""
+    for part in _WRAPPERS:
+        name = name.replace(part, "")
+    return name
 
 
 def _unknown(tensor: Tensor) -> bool:
@@ -278,7 +293,8 @@ def without_content(module: nn.Module, mode: FakeTensorMode) -> None:
         return made[id(tensor)]
 
     for part in module.modules():
-        for tensors in (part._parameters, part._buffers):
+        held: tuple[dict[str, Any], ...] = (part._parameters, part._buffers)
+        for tensors in held:
             for name, tensor in tensors.items():
                 if tensor is not None:
                     tensors[name] = fake(tensor)

@@ -1,12 +1,14 @@
 """The policy that a run would load, at its real size and without its weights."""
 
+import copy
+import functools
 import math
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lerobot.configs import FeatureType, PolicyFeature, PreTrainedConfig
@@ -132,14 +134,22 @@ def build_planned(
     critic = trainer.make_critic  # reads nothing of a trainer but its arguments
     with torch.device("meta"):
         policy = get_policy_class(planned.config.type)(planned.config)
-        loaded: Any = LoadedPolicy(policy, None, None, None)  # type: ignore[arg-type]
-        model = build_actor_critic(loaded, args, peft_config, lambda flow: critic(SimpleNamespace(args=args), flow))  # type: ignore[arg-type]
+        loaded = LoadedPolicy(policy, cast(Any, None), cast(Any, None), None)
+        head = functools.partial(critic, cast(FlowTrainer, SimpleNamespace(args=args)))
+        model = build_actor_critic(loaded, _uncompiled(args), peft_config, head)
+    model.execution = args.execution(model.policy.prefix_is_live)
     if isinstance(model.policy, PiFlowPolicy):
         model.policy.language_tokens = planned.language_tokens
         model.policy.attention = args.attn_implementation or ("sdpa" if gpu or args.bf16 else "eager")
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train()
+
+
+def _uncompiled(args: FlowConfig) -> FlowConfig:
+    plain = copy.copy(args)
+    plain.torch_compile = False
+    return plain
 
 
 def observations(model: FlowActorCritic, spec: EnvSpec, rows: int) -> dict[str, Tensor]:

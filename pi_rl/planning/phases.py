@@ -15,6 +15,7 @@ from pi_rl.planning.model import observations
 from pi_rl.policies.actor_critic import FlowActorCritic, Sample
 from pi_rl.policies.flow_policy import Prefix
 from pi_rl.policies.lora import merged_state_dict
+from pi_rl.policies.parked import ParkedHead
 from pi_rl.rl.losses import clipped_surrogate
 from pi_rl.trainer.flow_config import FlowConfig
 
@@ -63,7 +64,9 @@ class Phases:
         observation_row: Bytes of one stored observation.
         chunk_row: Bytes of one chunk's chain, log-prob, values and critic features.
         checkpoint: Bytes of the saved policy with heads.
-        unit_bytes: Largest weights of a module that a sharded model gathers as a whole, and its gradients.
+        unit_bytes: Largest weights of a module that a sharded model gathers as a whole.
+        root_bytes: Weights outside such modules, which are gathered together.
+        batch: Bytes of a preprocessed batch of all environments.
     """
 
     weights: dict[str, Weights] = field(default_factory=dict)
@@ -86,6 +89,23 @@ class Phases:
     chunk_row: int = 0
     checkpoint: int = 0
     unit_bytes: int = 0
+    root_bytes: int = 0
+    batch: int = 0
+
+    @property
+    def acting(self) -> int:
+        """Bytes on the device while acting, beside weights, optimiser and stores."""
+        return max(self.encode.peak, self.act.peak, self.value.peak) - self.weight_bytes
+
+    @property
+    def updating(self) -> int:
+        """Bytes of a micro-batch and its passes, beside weights, gradients, optimiser and stores."""
+        return max(self.forward.peak, self.backward.peak) - self.forward.before + self.gathered
+
+    @property
+    def evaluating(self) -> int:
+        """Bytes on the device while evaluating, beside weights, optimiser and stores."""
+        return self.evaluate.temporary + self.batch
 
     @property
     def weight_bytes(self) -> int:
@@ -122,7 +142,8 @@ class _Run:
         self.found = Phases(
             rollout_rows=args.num_envs, update_rows=args.per_device_train_batch_size, weights=_weights(model, meter)
         )
-        self.found.parked = sum(module.parked.nbytes for module in model.modules() if hasattr(module, "parked"))
+        heads = (module for module in model.modules() if isinstance(module, ParkedHead))
+        self.found.parked = sum(head.parked.nbytes for head in heads)
 
     def counts(self) -> Phases:
         found = self.found
@@ -135,13 +156,14 @@ class _Run:
         with torch.no_grad(), self.meter.phase() as found.save:
             written = merged_state_dict(self.model.policy.policy)  # type: ignore[arg-type]
         found.checkpoint = sum(tensor.nbytes for tensor in written.values())
-        found.unit_bytes = _largest_unit(self.model)
+        found.unit_bytes, found.root_bytes = _units(self.model)
         return found
 
     def _rollout(self) -> Sample:
         found, model = self.found, self.model
         model.eval()
         batch = observations(model, self.spec, found.rollout_rows)
+        found.batch = sum(tensor.nbytes for tensor in batch.values())
         found.observation_row = _row_bytes(_stored_observation(batch), found.rollout_rows)
         with self.meter.phase() as found.encode:
             self.prefix: Prefix = model("encode", batch=batch)
@@ -258,8 +280,8 @@ def _row_bytes(tensors: Iterator[tuple[Tensor, int]], rows: int) -> int:
     return sum(tensor.numel() * size for tensor, size in tensors) // rows
 
 
-def _largest_unit(model: FlowActorCritic) -> int:
-    """Bytes of the largest group of weights that a sharded model gathers at once."""
+def _units(model: FlowActorCritic) -> tuple[int, int]:
+    """Bytes of the largest module that a sharded model gathers as a whole, and of the weights outside of any."""
     kinds = set(model._no_split_modules)
     units = [
         module
@@ -268,4 +290,4 @@ def _largest_unit(model: FlowActorCritic) -> int:
     ]
     inside = {id(parameter) for unit in units for parameter in unit.parameters()}
     root = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
-    return max([root, *(sum(parameter.nbytes for parameter in unit.parameters()) for unit in units)])
+    return max(sum(parameter.nbytes for parameter in unit.parameters()) for unit in units) if units else 0, root
