@@ -84,7 +84,7 @@ class Meter(TorchDispatchMode):
     def __init__(self, device: str, model: nn.Module | None = None, *, unit: int = 1) -> None:
         super().__init__()
         self.device_type, self.unit = device, unit
-        self.live = 0
+        self.live: int = 0
         self._names = {} if model is None else {id(part): _short(name) for name, part in model.named_modules()}
         self._stack: list[str] = []
         self._known: dict[int, int] = {}

@@ -117,8 +117,9 @@ def build_planned(
     peft_config: LoraConfig | None = None,
     *,
     gpu: bool,
+    device: str = "meta",
 ) -> FlowActorCritic:
-    """Policy, critic and noise network on the meta device, through the same code as in a run.
+    """Policy, critic and noise network, through the same code as in a run.
 
     Args:
         planned: The policy.
@@ -126,13 +127,14 @@ def build_planned(
         trainer: The algorithm's trainer, which knows its critic.
         peft_config: LoRA of the VLM, or None.
         gpu: Whether the run will have a GPU, which chooses the attention.
+        device: "meta" for a plan; elsewhere the weights are random.
 
     Returns:
         The module in training mode, prepared as a run prepares it; not compiled.
     """
     planned.config.device = None
     critic = trainer.make_critic  # reads nothing of a trainer but its arguments
-    with torch.device("meta"):
+    with torch.device(device):
         policy = get_policy_class(planned.config.type)(planned.config)
         loaded = LoadedPolicy(policy, cast(Any, None), cast(Any, None), None)
         head = functools.partial(critic, cast(FlowTrainer, SimpleNamespace(args=args)))

@@ -1,8 +1,9 @@
 """One rollout step, one optimiser step, one evaluation step and one save of a run, counted."""
 
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -130,13 +131,42 @@ def count_phases(model: FlowActorCritic, args: FlowConfig, spec: EnvSpec, *, gpu
     with planning(gpu=gpu) as mode:
         without_content(model, mode)
         with Meter("cpu", model, unit=ALLOCATION_UNIT if gpu else 1) as meter:
-            return _Run(model, args, spec, meter).counts()
+            return run_phases(model, args, spec, meter)
+
+
+class PhaseMeter(Protocol):
+    """What follows the phases: a :class:`~pi_rl.planning.counting.Meter`, or a gauge of real memory."""
+
+    @property
+    def live(self) -> int:
+        """Bytes in use now."""
+
+    def register(self, tensors: Mapping[str, Tensor]) -> int:
+        """Takes note of tensors; returns the bytes that were new."""
+
+    def phase(self) -> AbstractContextManager[Count]:
+        """Counts what happens in a block."""
+
+    def backward(self) -> AbstractContextManager[None]:
+        """Marks a backward pass."""
+
+
+def run_phases(model: FlowActorCritic, args: FlowConfig, spec: EnvSpec, meter: PhaseMeter) -> Phases:
+    """Runs every phase of a run once.
+
+    Args:
+        model: Policy, critic and noise network; its weights change where they have any content.
+        args: Of one process.
+        spec: The environment.
+        meter: Follows what happens.
+    """
+    return _Run(model, args, spec, meter).counts()
 
 
 class _Run:
     """The phases in the order of a run, on one meter."""
 
-    def __init__(self, model: FlowActorCritic, args: FlowConfig, spec: EnvSpec, meter: Meter) -> None:
+    def __init__(self, model: FlowActorCritic, args: FlowConfig, spec: EnvSpec, meter: PhaseMeter) -> None:
         self.model, self.args, self.spec, self.meter = model, args, spec, meter
         self.live = model.policy.prefix_is_live
         self.found = Phases(
@@ -249,7 +279,7 @@ def part_of(name: str) -> str:
     return EXPERT
 
 
-def _weights(model: FlowActorCritic, meter: Meter) -> dict[str, Weights]:
+def _weights(model: FlowActorCritic, meter: PhaseMeter) -> dict[str, Weights]:
     parts: dict[str, Weights] = {}
     for name, parameter in model.named_parameters():
         part = parts.setdefault(part_of(name), Weights())

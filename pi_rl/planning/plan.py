@@ -133,13 +133,13 @@ def make_plan(words: Sequence[str], question: Question) -> Plan:
         ValueError: If an option does not fit, or the processes cannot share the environments or the batch.
     """
     config_class, trainer_class = ALGORITHMS[question.algorithm]
-    recipe, args = _options(words, config_class)
-    spec = check_name_and_options(recipe.env, recipe.env_options)
+    recipe, args, spec = run_options(words, config_class)
     if question.machine.sharded is None:
         question.machine.sharded = args.train_vlm and question.machine.processes > 1
     arithmetic = args.arithmetic
     if question.machine.processes > 1:
-        recipe, args = _options([*words, *_share(args, question.machine.processes)], config_class)
+        share = _share(args, question.machine.processes)
+        recipe, args, spec = run_options([*words, *share], config_class)
         arithmetic = f"each of {question.machine.processes} processes: {args.arithmetic}"
     planned = find_policy(
         recipe,
@@ -150,7 +150,7 @@ def make_plan(words: Sequence[str], question: Question) -> Plan:
         language_tokens=question.language_tokens,
     )
     machine = question.machine
-    model = build_planned(planned, args, trainer_class, _peft_config(recipe), gpu=machine.gpu)
+    model = build_planned(planned, args, trainer_class, peft_config(recipe), gpu=machine.gpu)
     live = model.policy.prefix_is_live
     phases = count_phases(model, args, spec, gpu=machine.gpu)
     args.n_action_steps = model.policy.n_action_steps
@@ -163,10 +163,17 @@ def make_plan(words: Sequence[str], question: Question) -> Plan:
     return Plan(question, args, spec, arithmetic, phases, memory, time, notes)
 
 
-def _options(words: Sequence[str], config_class: type[FlowConfig]) -> tuple[RecipeArguments, FlowConfig]:
-    """A recipe's options; the machine that plans has no part in them."""
+def run_options(words: Sequence[str], config_class: type[FlowConfig]) -> tuple[RecipeArguments, FlowConfig, EnvSpec]:
+    """A run's options and environment, read as a recipe reads them.
+
+    The machine that plans has no part in them: TrainingArguments would otherwise look for its GPUs.
+
+    Args:
+        words: The run's command line.
+        config_class: Of the algorithm.
+    """
     recipe, args = parse_recipe_arguments((RecipeArguments, config_class), argv=[*words, "--use_cpu=true"])
-    return recipe, args
+    return recipe, args, check_name_and_options(recipe.env, recipe.env_options)
 
 
 def _share(args: FlowConfig, processes: int) -> list[str]:
@@ -193,7 +200,8 @@ def _simulators(spec: EnvSpec, args: FlowConfig, question: Question) -> float:
     return SIMULATOR_MB.get(spec.name.partition(":")[0].partition("_")[0], OTHER_MB) * 1e6 * workers
 
 
-def _peft_config(recipe: RecipeArguments) -> Any:
+def peft_config(recipe: RecipeArguments) -> Any:
+    """LoRA of the VLM as the options describe it, or None."""
     if recipe.lora_rank == 0:
         return None
     from pi_rl.policies.lora import vlm_lora_config
