@@ -55,7 +55,7 @@ class Phases:
         forward: A scored micro-batch; with a live prefix its encoding too. Gradients of an earlier one are there.
         backward: Its backward pass.
         step: Clipping and optimiser step.
-        evaluate: Encoding and deterministic actions of all environments.
+        evaluate: Deterministic actions of all environments, on a prefix encoded as in the rollout.
         save: Gathering what is written.
         encode_in_update: FLOPs of the forward phase that the VLM takes (0 with a stored prefix).
         rollout_rows: Environments of the process.
@@ -106,7 +106,8 @@ class Phases:
     @property
     def evaluating(self) -> int:
         """Bytes on the device while evaluating, beside weights, optimiser and stores."""
-        return self.evaluate.temporary + self.batch
+        prefixes = self.prefix_row * self.rollout_rows
+        return self.batch + max(self.encode.temporary, prefixes + self.evaluate.temporary)
 
     @property
     def weight_bytes(self) -> int:
@@ -205,16 +206,21 @@ class _Run:
         kept = [sample.chain.x, sample.log_prob, sample.values, sample.critic_input]
         found.chunk_row = sum(tensor.nbytes for tensor in kept if tensor is not None) // found.rollout_rows
         if model.value_head is not None:
-            extra = {} if model.value_head.critic == "vlm" else noise
-            with self.meter.phase() as found.value:
-                model("value", prefix=prefix, **extra)
+            self._value(prefix, noise)
         return sample
 
+    def _value(self, prefix: Prefix, noise: Mapping[str, Tensor | None]) -> None:
+        head, found = self.model.value_head, self.found
+        if head is not None and head.critic == "expert" and not self.model.critic_per_step:
+            found.value = found.act  # valued by a whole denoising chain, as one that is acted on
+            return
+        with self.meter.phase() as found.value:
+            self.model("value", prefix=prefix, **({} if head is not None and head.critic == "vlm" else noise))
+
     def _evaluate(self) -> None:
-        batch = observations(self.model, self.spec, self.found.rollout_rows)
         x_init = self._noise(self.found.rollout_rows)["x_init"]
         with self.meter.phase() as self.found.evaluate:
-            self.model("ode", prefix=self.model("encode", batch=batch), x_init=x_init)
+            self.model("ode", prefix=self.prefix, x_init=x_init)
 
     def _micro_batch(self, sample: Sample) -> None:
         found, rows, model = self.found, self.found.update_rows, self.model

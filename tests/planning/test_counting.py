@@ -1,4 +1,4 @@
-"""The counting against closed forms, against PyTorch's own FLOP counter, and against the same phases on real tensors."""
+"""The counting against closed forms, PyTorch's own FLOP counter, and the same phases on real tensors."""
 
 import dataclasses
 
@@ -79,7 +79,8 @@ def test_flops_of_a_linear_layer_forward_and_backward():
 def test_unknown_content_answers_as_valid_inputs_do():
     with planning(gpu=False), Meter("cpu"):
         mask = torch.ones(4, dtype=torch.bool)
-        assert mask.all() and not mask.any()
+        assert mask.all()
+        assert not mask.any()
         assert torch.equal(mask, ~mask)
         assert int(torch.arange(3).max()) == 0
 
@@ -140,7 +141,8 @@ def test_a_plan_counts_what_real_tensors_need(extra, algorithm):
             assert sizes[0] == pytest.approx(sizes[1], rel=0.01, abs=4096), entry.name
         else:
             assert ours == theirs, entry.name
-    assert planned.forward.flops > 0 and planned.backward.flops > 0
+    assert planned.forward.flops > 0
+    assert planned.backward.flops > 0
     assert (planned.backward.recomputed > 0) == ("--gradient_checkpointing" in extra)
 
 
