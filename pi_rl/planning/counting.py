@@ -24,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 ALLOCATION_UNIT = 512  # bytes; PyTorch's CUDA allocator rounds every tensor up to it
 _aten = torch.ops.aten
 _NUMBERS = re.compile(r"\.\d+")
-_WRAPPERS = ("_checkpoint_wrapped_module.", "policy.policy.model.", "paligemma_with_expert.")
+_WRAPPERS = ("policy.policy.model.", "paligemma_with_expert.")
 _ANSWER = "planned_answer"
 
 

@@ -249,7 +249,7 @@ def load_adapter(folder: str | Path, lerobot_policy: nn.Module) -> None:
 def _lora_layers(lerobot_policy: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, module in lerobot_policy.named_modules():
         if isinstance(module, LoraLayer):
-            yield name.replace("_checkpoint_wrapped_module.", ""), module  # as in a state dict
+            yield name, module
 
 
 def _adapter_names(lerobot_policy: nn.Module) -> dict[str, str]:
