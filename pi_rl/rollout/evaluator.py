@@ -250,15 +250,12 @@ def ode_actions(
     parts, start = [], 0
     while True:
         part = np.arange(start, min(start + size, len(rows)))
-        full = part if batch_size is None else np.resize(part, batch_size)
-        inputs = (observation, rows[full], reset_ids[full], chunk[full])
-        if len(part) == 0:
-            inputs = (
-                blank_observation(io.spec),
-                np.zeros(1, np.int64),
-                np.zeros((1, 2), np.int64),
-                np.zeros(1, np.int64),
-            )
+        if len(part):
+            full = part if batch_size is None else np.resize(part, batch_size)
+            inputs = (observation, rows[full], reset_ids[full], chunk[full])
+        else:  # another process has rows: this one joins in with one of no consequence
+            zero = np.zeros(1, np.int64)
+            inputs = (blank_observation(io.spec), zero, np.zeros((1, 2), np.int64), zero)
         parts.append(_ode_pass(model, io, *inputs, seed=seed, denoising_steps=denoising_steps)[: len(part)])
         start += size
         if batch_size is None or not agree(start < len(rows)):
