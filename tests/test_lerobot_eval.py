@@ -114,11 +114,18 @@ class Watched(VectorEnv):
         self._observation = self._env.reset(ids, indices)
         return self._observation
 
-    def step_chunk(self, actions, active=None):
+    @property
+    def pending_chunks(self):
+        return self._env.pending_chunks
+
+    def start_chunk(self, actions, active=None):
         self.seen.append({key: self._observation[key] for key in (*self.spec.cameras, "observation.state", "task")})
         self.seen[-1] = {key: value.copy() for key, value in self.seen[-1].items()}
         self.actions.append(np.asarray(actions).copy())
-        result = self._env.step_chunk(actions, active)
+        self._env.start_chunk(actions, active)
+
+    def finish_chunk(self):
+        result = self._env.finish_chunk()
         self._observation = result.observation
         return result
 

@@ -8,6 +8,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from pi_rl.envs.deferred import DeferredVectorEnv
 from pi_rl.envs.failures import FailureLog
 from pi_rl.envs.vector_env import (
     STATE_KEY,
@@ -16,9 +17,7 @@ from pi_rl.envs.vector_env import (
     EnvSpec,
     Observation,
     ResetIds,
-    VectorEnv,
-    check_actions,
-    check_active,
+    check_idle,
     check_reset,
 )
 
@@ -41,7 +40,7 @@ class StepResult(NamedTuple):
     problems: Mapping[int, str] = MappingProxyType({})
 
 
-class InProcessVectorEnv(VectorEnv):
+class InProcessVectorEnv(DeferredVectorEnv):
     """Checks, chunks, episode ends and the time limit; a subclass simulates single steps.
 
     A worker process would take longer to talk to than these simulators take to step, so there is none.
@@ -60,16 +59,12 @@ class InProcessVectorEnv(VectorEnv):
     """
 
     def __init__(self, spec: EnvSpec, num_envs: int):
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
-        self.spec = spec
-        self.num_envs = num_envs
+        super().__init__(spec, num_envs)
         self.states = np.zeros((num_envs, spec.state_dim), np.float32)
         self._low = np.asarray(spec.action_low, np.float32)
         self._high = np.asarray(spec.action_high, np.float32)
         self._ids = np.zeros((num_envs, 2), np.int64)
         self._steps = np.zeros(num_envs, np.int64)
-        self._running = np.zeros(num_envs, bool)
         self._solved = np.zeros(num_envs, bool)
         self._failures = FailureLog(spec, num_envs)
         self._closed = False
@@ -89,19 +84,14 @@ class InProcessVectorEnv(VectorEnv):
         """Starts episodes; see `VectorEnv.reset`."""
         self._check_open()
         array, slots = check_reset(ids, indices, self.num_envs, self.spec)
+        check_idle(slots, self._busy)
         self._ids[slots] = array
         self._steps[slots] = 0
         self._running[slots], self._solved[slots] = True, False
         self._start(slots, array[:, 0], array[:, 1])
         return self._observation()
 
-    def step_chunk(
-        self, actions: NDArray[np.float32], active: NDArray[np.bool_] | Sequence[bool] | None = None
-    ) -> ChunkResult:
-        """Executes a chunk; see `VectorEnv.step_chunk`."""
-        self._check_open()
-        going = check_active(active, self._running).copy()
-        checked = check_actions(actions, going, self.spec.action_dim, self.spec.max_episode_steps)
+    def _simulate(self, going: NDArray[np.bool_], checked: NDArray[np.float32]) -> ChunkResult:
         taken = np.zeros(self.num_envs, np.int64)
         rewards = np.zeros(checked.shape[:2], np.float32)
         terminated, truncated, success, failed = (np.zeros(self.num_envs, bool) for _ in range(4))

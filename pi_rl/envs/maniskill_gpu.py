@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from pi_rl.envs.deferred import DeferredVectorEnv
 from pi_rl.envs.failures import FailureLog
 from pi_rl.envs.maniskill import MID_GREY, ManiSkillScene, load_maniskill
 from pi_rl.envs.maniskill_options import ManiSkillOptions
@@ -23,15 +24,13 @@ from pi_rl.envs.vector_env import (
     EnvSpec,
     Observation,
     ResetIds,
-    VectorEnv,
-    check_actions,
-    check_active,
+    check_idle,
     check_indices,
     check_reset,
 )
 
 
-class ManiSkillBatchedVectorEnv(VectorEnv):
+class ManiSkillBatchedVectorEnv(DeferredVectorEnv):
     """One batched simulation of a ManiSkill task.
 
     A step always moves all environments. Those whose episode has ended go on with actions of zero and none of it is
@@ -63,13 +62,10 @@ class ManiSkillBatchedVectorEnv(VectorEnv):
         sim_backend: str = "physx_cuda",
         render_backend: str = "sapien_cuda",
     ):
-        if num_envs < 1:
-            raise ValueError(f"num_envs must be at least 1, got {num_envs}")
+        super().__init__(spec, num_envs)
         [name] = spec.tasks
         _check_gpu(sim_backend)
         load_maniskill([TASKS[name]], options, "cuda" if "cuda" in render_backend else "cpu")
-        self.spec = spec
-        self.num_envs = num_envs
         self._blind = options.blind
         self._scene: ManiSkillScene | None = ManiSkillScene(
             TASKS[name], options, num_envs, sim_backend, render_backend
@@ -80,7 +76,6 @@ class ManiSkillBatchedVectorEnv(VectorEnv):
         self._low, self._high = (np.array(bounds, np.float32) for bounds in (spec.action_low, spec.action_high))
         self._ids = np.zeros((num_envs, 2), np.int64)
         self._steps = np.zeros(num_envs, np.int64)
-        self._running = np.zeros(num_envs, bool)
         self._states = np.zeros((num_envs, spec.state_dim), np.float32)
         self._images = np.zeros((num_envs, *spec.cameras[IMAGE_KEY], 3), np.uint8)
 
@@ -88,6 +83,7 @@ class ManiSkillBatchedVectorEnv(VectorEnv):
         """Starts episodes; see `VectorEnv.reset`."""
         scene = self._open()
         array, slots = check_reset(ids, indices, self.num_envs, self.spec)
+        check_idle(slots, self._busy)
         self._running[slots] = False
         with scene.kept(np.flatnonzero(self._running).tolist()):
             attached = scene.reset(slots.tolist(), array[:, 1].tolist()).cpu().numpy()
@@ -97,14 +93,12 @@ class ManiSkillBatchedVectorEnv(VectorEnv):
         self._observe(slots, slots)
         return self._observation()
 
-    def step_chunk(
-        self, actions: NDArray[np.float32], active: NDArray[np.bool_] | Sequence[bool] | None = None
-    ) -> ChunkResult:
-        """Executes a chunk; see `VectorEnv.step_chunk`."""
+    def _check_open(self) -> None:
+        self._open()
+
+    def _simulate(self, going: NDArray[np.bool_], checked: NDArray[np.float32]) -> ChunkResult:
         scene = self._open()
-        going = check_active(active, self._running).copy()
         asked = going.copy()
-        checked = check_actions(actions, going, self.spec.action_dim, self.spec.max_episode_steps)
         commands = np.where(going[:, None, None], np.clip(checked, self._low, self._high), np.float32(0))
         rewards = np.zeros(checked.shape[:2], np.float32)
         terminated, truncated, success = (np.zeros(self.num_envs, bool) for _ in range(3))

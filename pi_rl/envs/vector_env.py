@@ -15,6 +15,7 @@ TRAIN_STATE_OFFSET = 1_000_000
 STATE_KEY = "observation.state"
 IMAGE_KEY = "observation.image"
 TASK_KEY = "task"
+NO_CHUNK = "no chunk was started, so there is none to finish: call start_chunk first"
 
 ResetIds = NDArray[np.int64]
 """(n, 2): columns task index, state id. The pair names one initial state, whatever was simulated before."""
@@ -211,7 +212,6 @@ class VectorEnv(ABC):
             ValueError: Wrong shape, ids out of range, or an environment named twice.
         """
 
-    @abstractmethod
     def step_chunk(
         self, actions: NDArray[np.float32], active: NDArray[np.bool_] | Sequence[bool] | None = None
     ) -> ChunkResult:
@@ -226,7 +226,57 @@ class VectorEnv(ABC):
 
         Raises:
             ValueError: Wrong shape, NaN or infinite actions, or an active environment without a running episode.
+            RuntimeError: A started chunk waits to be finished.
         """
+        if self.pending_chunks:
+            raise RuntimeError(
+                f"{self.pending_chunks} started chunk(s) wait to be finished: call finish_chunk for each before "
+                "step_chunk"
+            )
+        self.start_chunk(actions, active)
+        return self.finish_chunk()
+
+    @property
+    @abstractmethod
+    def pending_chunks(self) -> int:
+        """Chunks that were started and not finished."""
+
+    @abstractmethod
+    def start_chunk(
+        self, actions: NDArray[np.float32], active: NDArray[np.bool_] | Sequence[bool] | None = None
+    ) -> None:
+        """Begins a chunk in some environments and returns while they are simulated, where that is possible.
+
+        Until the chunk is finished, these environments must not be started, reset or drawn; the others may.
+
+        Args:
+            actions: As for `step_chunk`.
+            active: As for `step_chunk`.
+
+        Raises:
+            ValueError: As `step_chunk`; also for an active environment that is in a chunk already.
+        """
+
+    @abstractmethod
+    def finish_chunk(self) -> ChunkResult:
+        """Waits for the chunk that was started first among those that are not finished.
+
+        Returns:
+            As `step_chunk`. Environments that were not active in this chunk have zeros and stale observations.
+
+        Raises:
+            RuntimeError: No chunk was started; or a worker died, or an environment keeps breaking down.
+        """
+
+    def arrange(self, groups: Sequence[Sequence[int] | NDArray[np.int64]]) -> None:
+        """Prepares for chunks of these groups that overlap: no group then waits for the simulation of another.
+
+        Simulations in one process have nothing to prepare. Results do not depend on it, but episodes that run end.
+
+        Args:
+            groups: Disjoint lists of environments, which together are all of them.
+        """
+        check_groups_of_envs(groups, self.num_envs)
 
     @abstractmethod
     def render(
@@ -325,6 +375,27 @@ def check_indices(indices: Any, num_envs: int) -> NDArray[np.int64]:
     return slots
 
 
+def check_groups_of_envs(groups: Sequence[Sequence[int] | NDArray[np.int64]], num_envs: int) -> list[list[int]]:
+    """Checks the argument of `VectorEnv.arrange`.
+
+    Args:
+        groups: What should be disjoint lists of environments, none empty.
+        num_envs: B.
+
+    Returns:
+        The groups as lists.
+
+    Raises:
+        ValueError: An environment is missing, named twice or out of range, or a group is empty.
+    """
+    lists = [np.asarray(group).tolist() for group in groups]
+    if sorted(slot for group in lists for slot in group) != list(range(num_envs)) or not all(lists):
+        raise ValueError(
+            f"groups must name each of the {num_envs} environments once and none may be empty, got {lists}"
+        )
+    return lists
+
+
 def check_actions(actions: Any, active: NDArray[np.bool_], action_dim: int, max_chunk: int) -> NDArray[np.float32]:
     """Checks the actions of `VectorEnv.step_chunk`; rows of inactive environments may hold anything.
 
@@ -355,20 +426,21 @@ def check_actions(actions: Any, active: NDArray[np.bool_], action_dim: int, max_
     return array
 
 
-def check_active(active: Any, running: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def check_active(active: Any, running: NDArray[np.bool_], busy: NDArray[np.bool_] | None = None) -> NDArray[np.bool_]:
     """Checks the mask of `VectorEnv.step_chunk`.
 
     Args:
         active: What should be B booleans, or None for all.
         running: bool (B,), environments with an episode that has not ended.
+        busy: bool (B,), environments in a chunk that is not finished; None means none.
 
     Returns:
-        The mask as bool (B,).
+        The mask as bool (B,), a copy.
 
     Raises:
-        ValueError: Wrong shape, or it includes an environment whose episode ended or never began.
+        ValueError: Wrong shape, or it includes an environment whose episode ended or never began, or that is busy.
     """
-    mask = np.ones(len(running), bool) if active is None else np.asarray(active)
+    mask = np.ones(len(running), bool) if active is None else np.array(active)
     if mask.shape != running.shape or mask.dtype != bool:
         raise ValueError(f"active must be {len(running)} booleans, got {mask.dtype} of shape {mask.shape}")
     ended = np.flatnonzero(mask & ~running)
@@ -376,4 +448,22 @@ def check_active(active: Any, running: NDArray[np.bool_]) -> NDArray[np.bool_]:
         raise ValueError(
             f"environments {ended.tolist()} have no running episode: reset them or leave them out with `active`"
         )
+    if busy is not None:
+        check_idle(np.flatnonzero(mask), busy)
     return mask
+
+
+def check_idle(slots: NDArray[np.int64], busy: NDArray[np.bool_]) -> None:
+    """Refuses environments that are in a chunk that was started and not finished.
+
+    Args:
+        slots: (n,) environments that are to be started, reset or drawn.
+        busy: bool (B,).
+
+    Raises:
+        ValueError: Some of them are busy.
+    """
+    if (held := slots[busy[slots]]).size:
+        raise ValueError(
+            f"environments {held.tolist()} are in a chunk that was started and not finished: call finish_chunk first"
+        )

@@ -59,7 +59,6 @@ class Layout:
         envs = self.num_envs
         return {
             "reset_ids": ((envs, 2), np.int64),
-            "active": ((envs,), np.bool_),
             "actions": ((envs, self.max_chunk, self.action_dim), np.float32),
             "rewards": ((envs, self.max_chunk), np.float32),
             "terminated": ((envs,), np.bool_),
@@ -115,6 +114,7 @@ class Worker:
         self.commands: dict[str, Callable[..., Any]] = {
             "reset": self.reset,
             "step_chunk": self.step_chunk,
+            "release": self.release,
             "render": self.render,
             "rollout_expert": self.rollout_expert,
             "report": self.report,
@@ -195,7 +195,7 @@ class Worker:
             sim.draw({camera: self._arrays[camera][slot] for camera in self._cameras})
 
     def step_chunk(self, slots: list[int], chunk: int) -> dict[int, str]:
-        """Executes the first `chunk` shared actions of the active environments among `slots`.
+        """Executes the first `chunk` shared actions of each of the environments `slots`.
 
         Returns:
             What went wrong, by environment. Its simulator is given up: the next reset makes another.
@@ -207,14 +207,19 @@ class Worker:
             for flag in ("terminated", "truncated", "success", "failed"):
                 arrays[flag][slot] = False
             arrays["steps"][slot] = 0
-            if arrays["active"][slot]:
-                try:
-                    self._step_environment(slot, chunk)
-                except Exception as error:  # one simulator must not take the others with it; the parent is told
-                    traceback.print_exc()
-                    problems[slot] = f"{type(error).__name__}: {error}"
-                    self._give_up(slot)
+            try:
+                self._step_environment(slot, chunk)
+            except Exception as error:  # one simulator must not take the others with it; the parent is told
+                traceback.print_exc()
+                problems[slot] = f"{type(error).__name__}: {error}"
+                self._give_up(slot)
         return problems
+
+    def release(self, slots: list[int]) -> None:
+        """Gives up the simulators of environments that another process may simulate from now on."""
+        for slot in slots:
+            if slot in self._slots:
+                self._close(self._slots.pop(slot)[1])
 
     def _step_environment(self, slot: int, chunk: int) -> None:
         """Executes a chunk in one environment, up to the end of its episode."""
@@ -250,9 +255,9 @@ class Worker:
         except Exception:
             traceback.print_exc()
 
-    def render(self, slots: list[int], height: int, width: int, show_arm: bool) -> list[NDArray[np.uint8]]:
+    def render(self, slots: list[int], height: int, width: int, show_arm: bool) -> dict[int, NDArray[np.uint8]]:
         """Draws video frames of environments that were reset before."""
-        return [self._slots[slot][1].frame(height, width, show_arm=show_arm) for slot in slots]
+        return {slot: self._slots[slot][1].frame(height, width, show_arm=show_arm) for slot in slots}
 
     def rollout_expert(self, request: ExpertRequest) -> ExpertEpisode:
         """Runs a scripted expert once without images, and again with images if it succeeded and they are wanted.

@@ -8,8 +8,9 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import IO, Any
@@ -21,6 +22,7 @@ from pi_rl.envs.failures import FailureLog
 from pi_rl.envs.interpreters import worker_command, worker_environment
 from pi_rl.envs.renderer import child_environment, choose_renderer
 from pi_rl.envs.vector_env import (
+    NO_CHUNK,
     STATE_KEY,
     TASK_KEY,
     ChunkResult,
@@ -32,6 +34,8 @@ from pi_rl.envs.vector_env import (
     VectorEnv,
     check_actions,
     check_active,
+    check_groups_of_envs,
+    check_idle,
     check_indices,
     check_reset,
 )
@@ -43,18 +47,37 @@ _SAME_ERROR: dict[str, type[Exception]] = {"ValueError": ValueError, "FileNotFou
 """Errors of a worker whose message says all; of others the traceback is shown too."""
 
 
-@dataclass
+@dataclass(eq=False)
+class _Answer:
+    """What a worker will say to a command that was sent."""
+
+    value: Any = None
+    arrived: bool = False
+
+
+@dataclass(eq=False)
 class _Process:
-    """One worker as the parent sees it."""
+    """One worker as the parent sees it; it answers in the order of the commands."""
 
     index: int
     popen: subprocess.Popen[bytes]
     connection: Connection
     stderr: IO[bytes]
+    expected: deque[_Answer] = field(default_factory=deque)
 
     def stderr_tail(self) -> str:
         self.stderr.seek(0)
         return self.stderr.read().decode(errors="replace")[-STDERR_TAIL_CHARACTERS:].strip()
+
+
+@dataclass
+class _Chunk:
+    """A chunk that was started: active environments, its length, those that could not start, and what to wait for."""
+
+    mask: NDArray[np.bool_]
+    length: int
+    stillborn: dict[int, str]
+    answers: list[tuple[_Process, _Answer]]
 
 
 def available_cores() -> int:
@@ -72,7 +95,8 @@ def default_num_workers(num_envs: int) -> int:
 class WorkerVectorEnv(VectorEnv):
     """Environments spread over processes: environment i lives in worker i modulo the number of workers.
 
-    Results do not depend on the number of workers. Workers are plain child processes rather than `multiprocessing`
+    With groups (`arrange`) each of them has workers of its own, where there are enough. Results do not depend on the
+    number of workers or on groups. Workers are plain child processes rather than `multiprocessing`
     ones, which would import the user's main module, and with it torch, in each of them. They start in the background:
     the constructor returns at once and the first command waits for them.
 
@@ -119,7 +143,9 @@ class WorkerVectorEnv(VectorEnv):
             self._arrays = layout.arrays(mmap.mmap(file.fileno(), 0))
             self._workers = [_start_worker(i, python, file.fileno(), environment) for i in range(self.num_workers)]
         self._finalizer = weakref.finalize(self, _stop_workers, self._workers, os.getpid())
-        self._slots = [list(range(i, num_envs, self.num_workers)) for i in range(self.num_workers)]
+        self._slots = _shared_out([list(range(num_envs))], self.num_workers)
+        self._chunks: deque[_Chunk] = deque()
+        self._busy = np.zeros(num_envs, bool)
         self._ids = np.zeros((num_envs, 2), np.int64)
         self._paid = np.zeros(num_envs)  # rewards of the running episode
         self._failures = FailureLog(spec, num_envs)
@@ -147,38 +173,76 @@ class WorkerVectorEnv(VectorEnv):
     def reset(self, ids: ResetIds, indices: Sequence[int] | NDArray[np.int64] | None = None) -> Observation:
         """Starts episodes; see `VectorEnv.reset`."""
         array, slots = check_reset(ids, indices, self.num_envs, self.spec)
+        check_idle(slots, self._busy)
         self._arrays["reset_ids"][slots] = array
+        answers = self._wait(self._ask("reset", slots))
         chosen = set(slots.tolist())
-        answers = self._command("reset", [([slot for slot in mine if slot in chosen],) for mine in self._slots])
         self._stillborn = {slot: problem for slot, problem in self._stillborn.items() if slot not in chosen}
         self._stillborn.update(_merged(answers))
         self._ids[slots], self._paid[slots] = array, 0.0
         self._running[slots] = self._ever_reset[slots] = True
         return self._observation()
 
-    def step_chunk(
+    def arrange(self, groups: Sequence[Sequence[int] | NDArray[np.int64]]) -> None:
+        """Gives each group workers of its own; see `VectorEnv.arrange`.
+
+        With fewer workers than groups, groups share them, and a command waits for those before it.
+
+        Raises:
+            ValueError: The groups are not all environments once.
+            RuntimeError: A started chunk waits to be finished.
+        """
+        wanted = _shared_out(check_groups_of_envs(groups, self.num_envs), self.num_workers)
+        if self._chunks:
+            raise RuntimeError("environments cannot be arranged while a chunk waits to be finished")
+        if wanted == self._slots:
+            return
+        if self._ever_reset.any():
+            self._wait(self._ask("release", np.arange(self.num_envs)))
+        self._running[:] = self._ever_reset[:] = False
+        self._stillborn = {}
+        self._slots = wanted
+
+    @property
+    def pending_chunks(self) -> int:
+        """Chunks that were started and not finished."""
+        return len(self._chunks)
+
+    def start_chunk(
         self, actions: NDArray[np.float32], active: NDArray[np.bool_] | Sequence[bool] | None = None
-    ) -> ChunkResult:
-        """Executes a chunk; see `VectorEnv.step_chunk`."""
-        mask = check_active(active, self._running).copy()
+    ) -> None:
+        """Has a chunk simulated in the background; see `VectorEnv.start_chunk`."""
+        mask = check_active(active, self._running, self._busy)
         checked = check_actions(actions, mask, self.spec.action_dim, self.spec.max_episode_steps)
-        chunk = checked.shape[1]
-        shared = self._arrays
-        shared["actions"][:, :chunk] = checked
+        length = checked.shape[1]
+        self._arrays["actions"][mask, :length] = checked[mask]
         stillborn = {slot: problem for slot, problem in self._stillborn.items() if mask[slot]}
-        mask[list(stillborn)] = False
-        shared["active"][:] = mask
-        answers = self._command("step_chunk", [(mine, chunk) for mine in self._slots])
-        self._paid += shared["rewards"][:, :chunk].sum(1)
-        result = ChunkResult(
-            observation=self._observation(),
-            rewards=shared["rewards"][:, :chunk].copy(),
-            **{name: shared[name].copy() for name in ("terminated", "truncated", "success", "steps", "failed")},
-        )
-        result.failed[list(stillborn)] = True
+        alive = mask.copy()
+        alive[list(stillborn)] = False
+        answers = self._ask("step_chunk", np.flatnonzero(alive), length)
+        self._busy |= mask
+        self._chunks.append(_Chunk(alive, length, stillborn, answers))
+
+    def finish_chunk(self) -> ChunkResult:
+        """Waits for the chunk that was started first; see `VectorEnv.finish_chunk`."""
+        if not self._chunks:
+            raise RuntimeError(NO_CHUNK)
+        chunk = self._chunks.popleft()
+        problems = _merged(self._wait(chunk.answers)) | chunk.stillborn
+        slots = np.flatnonzero(chunk.mask)
+        shared, rewards = self._arrays, np.zeros((self.num_envs, chunk.length), np.float32)
+        rewards[slots] = shared["rewards"][slots, : chunk.length]
+        self._paid += rewards.sum(1)
+        outcome: dict[str, Any] = {}
+        for name in ("terminated", "truncated", "success", "steps", "failed"):
+            outcome[name] = np.zeros_like(shared[name])
+            outcome[name][slots] = shared[name][slots]
+        result = ChunkResult(observation=self._observation(), rewards=rewards, **outcome)
+        result.failed[list(chunk.stillborn)] = True
+        self._busy[slots] = self._busy[list(chunk.stillborn)] = False
         self._running &= ~result.done
         self._ever_reset &= ~result.failed
-        self._failures.note(_merged(answers) | stillborn, self._ids, result.terminated | result.truncated)
+        self._failures.note(problems, self._ids, result.terminated | result.truncated)
         return result
 
     def _observation(self) -> Observation:
@@ -200,13 +264,11 @@ class WorkerVectorEnv(VectorEnv):
         unknown = [slot for slot in slots.tolist() if not self._ever_reset[slot]]
         if unknown:
             raise ValueError(f"environments {unknown} have no episode, running or ended, so there is nothing to draw")
-        wanted = [[slot for slot in mine if slot in slots] for mine in self._slots]
-        answers = self._command("render", [(mine, height, width, show_arm) for mine in wanted])
+        check_idle(slots, self._busy)
+        drawn = _merged(self._wait(self._ask("render", slots, height, width, show_arm)))
         frames = np.empty((len(slots), height, width, 3), np.uint8)
-        position = {slot: i for i, slot in enumerate(slots.tolist())}
-        for mine, drawn in zip(wanted, answers, strict=True):
-            for slot, frame in zip(mine, drawn, strict=True):
-                frames[position[slot]] = frame
+        for i, slot in enumerate(slots.tolist()):
+            frames[i] = drawn[slot]
         return frames
 
     def rollout_experts(
@@ -225,8 +287,11 @@ class WorkerVectorEnv(VectorEnv):
 
         Raises:
             ValueError: Unknown task or numbers out of range.
+            RuntimeError: A started chunk waits to be finished.
         """
         self._ready()
+        if self._chunks:
+            raise RuntimeError("finish the chunks that were started before experts are run")
         waiting = iter(requests)
         busy: dict[Any, tuple[int, _Process]] = {}  # by connection, as `wait` returns them
         done: dict[int, ExpertEpisode] = {}
@@ -269,19 +334,42 @@ class WorkerVectorEnv(VectorEnv):
 
     def worker_reports(self) -> list[dict[str, Any]]:
         """Returns what each worker holds: `pid`, imported `modules`, `simulators` made, `cpu_seconds`, `renderer`."""
-        return self._command("report", [()] * self.num_workers)
+        self._ready()
+        return self._wait([(worker, self._expect(worker, ("report", ()))) for worker in self._workers])
 
     def close(self) -> None:
         """Ends the workers and frees the shared memory; calling it again does nothing."""
         self._finalizer()
 
-    def _command(self, name: str, arguments: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Sends a command to all workers, then collects all answers."""
+    def _ask(self, name: str, slots: NDArray[np.int64], *arguments: Any) -> list[tuple[_Process, _Answer]]:
+        """Sends a command about some environments to the workers that simulate them."""
+        self._ready()
+        chosen = set(slots.tolist())
+        try:
+            return [
+                (worker, self._expect(worker, (name, (part, *arguments))))
+                for worker, mine in zip(self._workers, self._slots, strict=True)
+                if (part := [slot for slot in mine if slot in chosen])
+            ]
+        except BaseException:
+            self.close()  # some workers have the command and some have not
+            raise
+
+    def _expect(self, worker: _Process, message: Any) -> _Answer:
+        self._send(worker, message)
+        worker.expected.append(_Answer())
+        return worker.expected[-1]
+
+    def _wait(self, asked: Sequence[tuple[_Process, _Answer]]) -> list[Any]:
+        """Answers to commands; those to earlier commands, which come before, are kept for who waits for them."""
         self._ready()
         try:
-            for worker, values in zip(self._workers, arguments, strict=True):
-                self._send(worker, (name, values))
-            return [self._receive(worker) for worker in self._workers]
+            for worker, answer in asked:
+                while not answer.arrived:
+                    value = self._receive(worker)
+                    first = worker.expected.popleft()
+                    first.value, first.arrived = value, True
+            return [answer.value for _, answer in asked]
         except BaseException:
             self.close()  # answers may still be under way (Ctrl-C too): no later command could tell them from its own
             raise
@@ -333,9 +421,19 @@ class WorkerVectorEnv(VectorEnv):
         )
 
 
-def _merged(answers: Iterable[Mapping[int, str]]) -> dict[int, str]:
-    """Problems of all workers, by environment."""
-    return {slot: problem for answer in answers for slot, problem in answer.items()}
+def _merged[T](answers: Iterable[Mapping[int, T]]) -> dict[int, T]:
+    """What all workers said, by environment."""
+    return {slot: value for answer in answers for slot, value in answer.items()}
+
+
+def _shared_out(groups: Sequence[Sequence[int]], num_workers: int) -> list[list[int]]:
+    """Environments of each worker, which serves one group; several where there are more groups than workers."""
+    served: list[list[int]] = [[] for _ in range(num_workers)]
+    for number, group in enumerate(groups):
+        mine = range(number % num_workers, num_workers, min(len(groups), num_workers))
+        for position, slot in enumerate(group):
+            served[mine[position % len(mine)]].append(slot)
+    return served
 
 
 def _anonymous_file(size: int) -> IO[bytes]:

@@ -1,7 +1,7 @@
 """One rollout: the policy acts with noise in every environment for T chunks, and what was done is kept."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pi_rl.envs.vector_env import Observation, VectorEnv
+from pi_rl.envs.vector_env import ChunkResult, Observation, VectorEnv
 from pi_rl.policies.actor_critic import FlowActorCritic, Sample
 from pi_rl.policies.flow_policy import Prefix
 from pi_rl.policies.observation_store import ObservationStore
 from pi_rl.policies.prefix_cache import PrefixStore
 from pi_rl.progress import ProgressFn
-from pi_rl.rollout.policy_io import PolicyIO
+from pi_rl.rollout.policy_io import PolicyIO, blank_observation
 from pi_rl.rollout.randomness import (
     TRAIN_STREAM,
     ChunkNoise,
@@ -24,6 +24,7 @@ from pi_rl.rollout.randomness import (
     training_state_ids,
 )
 from pi_rl.rollout.rollout import KeptInputs, Rollout, RolloutStatistics, in_order
+from pi_rl.rollout.stages import Stage, check_stages, make_stages
 
 logger = logging.getLogger(__name__)
 
@@ -87,6 +88,9 @@ class RolloutCollector:
     Every iteration begins with fresh episodes, so nothing of a simulator has to be saved for an exact resume. A
     finished environment is reset at once (``auto_reset``: more episodes per rollout) or not simulated any more.
 
+    With two stages one half of the environments is simulated while the policy infers for the other. Stages take turns
+    and hold consecutive environments, so everything is stored in the order of one stage.
+
     Args:
         env: The simulators of this process.
         model: Policy, critic and noise network.
@@ -99,9 +103,15 @@ class RolloutCollector:
         group_size: Environments that start each episode from the same initial state.
         auto_reset: Reset finished environments within a rollout; not with groups, whose episodes differ in length.
         prefix_storage: "device" or "host", where prefixes wait for the update.
+        pipeline_stages: 1, or 2 to overlap simulation and inference.
+        inference_batch_size: Environments of one pass of the network, consecutive ones of a stage; those that are not
+            running are left out of it. None means the whole stage. Equal passes give equal bits: n environments in
+            two stages do what they do in one stage with passes of n / 2.
+        agree: Whether any process says yes. Asked before every call of the policy, with whether this process has
+            rows for it: where calls are collective, one without rows joins in with a row of no consequence.
 
     Raises:
-        ValueError: If the environments do not divide into groups.
+        ValueError: If the environments do not divide into groups, or the groups into stages.
     """
 
     def __init__(
@@ -118,8 +128,12 @@ class RolloutCollector:
         group_size: int = 1,
         auto_reset: bool = True,
         prefix_storage: str = "device",
+        pipeline_stages: int = 1,
+        inference_batch_size: int | None = None,
+        agree: Callable[[bool], bool] = bool,
     ) -> None:
         check_groups(env.num_envs, group_size, auto_reset=auto_reset)
+        check_stages(env.num_envs, group_size, pipeline_stages, inference_batch_size)
         self.env, self.model, self.io = env, model, io
         self.chunks, self.epochs, self.seed, self.auto_reset = chunks, epochs, seed, auto_reset
         capacity = epochs * chunks * env.num_envs
@@ -133,6 +147,11 @@ class RolloutCollector:
         self._group = self.env_index // group_size
         self._total_groups = processes * env.num_envs // group_size
         self._member = self.env_index % group_size
+        self._stages = make_stages(env.num_envs, pipeline_stages, inference_batch_size)
+        if pipeline_stages > 1:
+            env.arrange([np.concatenate(stage.blocks) for stage in self._stages])
+        self._agree = agree
+        self._blank = blank_observation(env.spec)
 
     @torch.no_grad()
     def collect(self, iteration: int, progress: ProgressFn | None = None) -> Rollout:
@@ -157,18 +176,20 @@ class RolloutCollector:
     def _collect_epoch(self, epoch: int, progress: ProgressFn | None) -> _Record:
         self._begin(epoch)
         record = _Record.empty(self.chunks, self.model.sampler.transitions, self.env.num_envs)
-        observation = self.env.reset(self._reset_ids())
-        for step in range(self.chunks):
+        first = self.env.reset(self._reset_ids())
+        for stage in self._stages:
+            stage.observation = first
+        for step in range(self.chunks + 1):
+            for stage in self._stages:
+                if step > 0:
+                    self._finish_chunk(stage, step - 1, record)
+                if step < self.chunks:
+                    self._start_chunk(stage, step, record)
+            if step > 0 and progress is not None:
+                progress(epoch * self.chunks + step, self.epochs * self.chunks, self._progress_text())
+        for stage in self._stages:
             rows = np.flatnonzero(self._running)
-            if len(rows) == 0:
-                break
-            actions = self._act(observation, rows, step, record)
-            observation = self._simulate(actions, rows, step, record)
-            if progress is not None:
-                progress(epoch * self.chunks + step + 1, self.epochs * self.chunks, self._progress_text())
-        rows = np.flatnonzero(self._running)
-        if len(rows):
-            record.last_values[rows] = self._values(observation, rows, self.chunks)
+            record.last_values += self._values(stage, stage.observation, rows, self.chunks)
         return record
 
     def _begin(self, epoch: int) -> None:
@@ -192,7 +213,8 @@ class RolloutCollector:
         return self._ids[rows]
 
     def _noise(self, rows: np.ndarray, step: int, device: torch.device) -> ChunkNoise:
-        """The random numbers of the next chunk of some environments."""
+        """The random numbers of the next chunk of some environments, or of one of no consequence."""
+        rows = rows if len(rows) else np.zeros(1, np.int64)
         policy, sampler = self.model.policy, self.model.sampler
         noise = chunk_noise(
             (self.seed, TRAIN_STREAM, self._iteration),
@@ -208,8 +230,22 @@ class RolloutCollector:
             noise = ChunkNoise(noise.x_init, noise.eps, torch.full_like(noise.uniform, shared))
         return noise
 
+    def _start_chunk(self, stage: Stage, step: int, record: _Record) -> None:
+        """Acts in the running environments of a stage and has them simulated."""
+        spec, running = self.env.spec, np.zeros(self.env.num_envs, bool)
+        actions = np.zeros((self.env.num_envs, self.io.n_action_steps, spec.action_dim), np.float32)
+        for block in stage.blocks:
+            rows = block[self._running[block]]
+            if self._agree(len(rows) > 0):
+                acted = self._act(stage.observation, rows, step, record)
+                actions[rows], running[rows] = acted[: len(rows)], True
+        stage.simulated = np.flatnonzero(running)
+        if len(stage.simulated):
+            self.env.start_chunk(actions, running)
+
     def _act(self, observation: Observation, rows: np.ndarray, step: int, record: _Record) -> np.ndarray:
-        batch = self.io.batch(observation, rows)
+        """Actions (n, C, A) of one pass of the network, whose samples are kept; without rows nothing is."""
+        batch = self._batch(observation, rows)
         prefix = self.model("encode", batch=batch)
         noise = self._noise(rows, step, prefix.pad_mask.device)
         sample: Sample = self.model(
@@ -219,12 +255,18 @@ class RolloutCollector:
             eps=noise.eps,
             step_index=self.model.sampler.draw_step_index(noise.uniform),
         )
+        if len(rows) == 0:
+            return np.zeros((0, self.io.n_action_steps, self.env.spec.action_dim), np.float32)
         self._keep(batch, prefix)
         record.samples.append(sample)
         if sample.values is not None:
             record.values[step][:, rows] = sample.values.T.cpu().numpy()
         record.valid[step, rows] = True
-        return self.io.actions(sample.chain.x[:, -1])
+        return self.io.actions(sample.chain.x[:, -1], observation, rows)
+
+    def _batch(self, observation: Observation, rows: np.ndarray) -> dict[str, Any]:
+        """The policy's input for some rows, or for one of no consequence where there are none."""
+        return self.io.batch(observation, rows) if len(rows) else self.io.batch(self._blank, [0])
 
     def _keep(self, batch: Mapping[str, Any], prefix: Prefix) -> None:
         """Stores what the update needs: the prefix, or the observation where the prefix has to be computed anew."""
@@ -233,24 +275,19 @@ class RolloutCollector:
         else:
             self._inputs.append(prefix)
 
-    def _simulate(self, actions: np.ndarray, rows: np.ndarray, step: int, record: _Record) -> Observation:
-        full = np.zeros((self.env.num_envs, *actions.shape[1:]), np.float32)
-        full[rows] = actions
-        result = self.env.step_chunk(full, self._running)
-        record.rewards[step] = result.rewards.sum(1)
-        record.terminated[step], record.truncated[step] = result.terminated, result.truncated
-        self._chunk[rows] += 1
-        self._length += result.steps
-        self._return += record.rewards[step]
-        self._statistics.env_steps += int(result.steps.sum())
-        failed = np.flatnonzero(result.failed)
-        if len(failed):  # a group compares whole episodes, so one that broke down takes all of itself out
-            record.lose(step, failed, whole=self.group_size > 1)
-            self._statistics.failed += len(failed)
-        cut = np.flatnonzero(result.truncated)
-        if len(cut):
-            record.final_values[step, cut] = self._values(result.observation, cut, step + 1)
-        observation = result.observation
+    def _finish_chunk(self, stage: Stage, step: int, record: _Record) -> None:
+        """Waits for the simulation of a stage, notes its outcome, and begins the next episodes."""
+        rows = stage.simulated
+        cut, result = rows[:0], None
+        if len(rows):
+            result = self.env.finish_chunk()
+            stage.observation = result.observation
+            self._note(result, rows, step, record)
+            cut = np.flatnonzero(result.truncated)
+        values = self._values(stage, stage.observation, cut, step + 1)
+        if result is None:
+            return
+        record.final_values[step, cut] = values[cut]
         ended = np.flatnonzero(result.terminated | result.truncated)
         self._statistics.episodes += len(ended)
         for row in ended[self._episode[ended] == 0]:
@@ -259,8 +296,19 @@ class RolloutCollector:
             )
         done = np.flatnonzero(result.done)
         if len(done):
-            observation = self._finish(done, observation, last=step + 1 == self.chunks)
-        return observation
+            stage.observation = self._finish(done, stage.observation, last=step + 1 == self.chunks)
+
+    def _note(self, result: ChunkResult, rows: np.ndarray, step: int, record: _Record) -> None:
+        record.rewards[step, rows] = result.rewards.sum(1)[rows]
+        record.terminated[step, rows], record.truncated[step, rows] = result.terminated[rows], result.truncated[rows]
+        self._chunk[rows] += 1
+        self._length[rows] += result.steps[rows]
+        self._return[rows] += record.rewards[step, rows]
+        self._statistics.env_steps += int(result.steps.sum())
+        failed = np.flatnonzero(result.failed)
+        if len(failed):  # a group compares whole episodes, so one that broke down takes all of itself out
+            record.lose(step, failed, whole=self.group_size > 1)
+            self._statistics.failed += len(failed)
 
     def _finish(self, done: np.ndarray, observation: Observation, *, last: bool) -> Observation:
         """Begins the next episode of finished environments, or stops simulating them."""
@@ -271,12 +319,26 @@ class RolloutCollector:
         self._episode[done] += 1
         return self.env.reset(self._reset_ids(done), done)
 
-    def _values(self, observation: Observation, rows: np.ndarray, step: int) -> np.ndarray:
-        """Values of observations that the policy does not act on, 0 without a critic."""
+    def _values(self, stage: Stage, observation: Observation, rows: np.ndarray, step: int) -> np.ndarray:
+        """Values (B,) of observations that the policy does not act on; 0 without a critic and for other rows.
+
+        Args:
+            stage: Whose rows are valued.
+            observation: Of all environments.
+            rows: Environments to value; those of other stages are left out.
+            step: The chunk that would begin with the observation.
+        """
+        values = np.zeros(self.env.num_envs, np.float32)
+        for block in stage.blocks if self.model.value_head is not None else ():
+            part = np.intersect1d(block, rows)
+            if self._agree(len(part) > 0):
+                values[part] = self._values_of(observation, part, step)[: len(part)]
+        return values
+
+    def _values_of(self, observation: Observation, rows: np.ndarray, step: int) -> np.ndarray:
         head = self.model.value_head
-        if head is None:
-            return np.zeros(len(rows), np.float32)
-        prefix = self.model("encode", batch=self.io.batch(observation, rows))
+        assert head is not None
+        prefix = self.model("encode", batch=self._batch(observation, rows))
         if head.critic == "vlm":
             return self.model("value", prefix=prefix).cpu().numpy()
         noise = self._noise(rows, step, prefix.pad_mask.device)

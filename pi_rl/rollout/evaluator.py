@@ -6,10 +6,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from pi_rl.envs.vector_env import EnvSpec, Observation, VectorEnv
+from pi_rl.envs.vector_env import ChunkResult, EnvSpec, Observation, VectorEnv
 from pi_rl.policies.actor_critic import FlowActorCritic
 from pi_rl.progress import ProgressFn
-from pi_rl.rollout.policy_io import PolicyIO
+from pi_rl.rollout.policy_io import PolicyIO, blank_observation
 from pi_rl.rollout.randomness import EVAL_STREAM, chunk_noise
 from pi_rl.rollout.summary import EvalSummary, summarize_episodes
 
@@ -89,6 +89,7 @@ def evaluate_policy(
     batch_size: int | None = None,
     progress: ProgressFn | None = None,
     on_episode: Callable[[EpisodeResults, int], None] | None = None,
+    agree: Callable[[bool], bool] = bool,
 ) -> EpisodeResults:
     """Runs one episode from every given initial state, without exploration noise.
 
@@ -107,58 +108,66 @@ def evaluate_policy(
             either, nor on which episodes run together.
         progress: Called as ``progress(episodes done, n, text)``.
         on_episode: Called as ``on_episode(results, i)`` when episode i has ended and its row is complete.
+        agree: As for :class:`~pi_rl.rollout.collector.RolloutCollector`; a process without episodes then goes on
+            until the last process has none.
 
     Returns:
         Success, length and return of the n episodes, in the order of ``reset_ids``. An episode whose simulator breaks
         down is tried once more.
     """
     results = EpisodeResults.empty(env.spec, reset_ids)
-    if len(reset_ids) == 0:
-        return results
     was_training = model.training
     model.eval()
     queue = _EpisodeQueue(reset_ids, env.num_envs)
-    slots = queue.next_for(np.arange(env.num_envs))
-    observation = env.reset(reset_ids[queue.episode[slots]], slots)
+    slots = queue.next_for(np.arange(env.num_envs if len(reset_ids) else 0))
+    observation = env.reset(reset_ids[queue.episode[slots]], slots) if len(slots) else blank_observation(env.spec)
     done_count = 0
-    while len(rows := np.flatnonzero(queue.episode >= 0)):
+    while agree(len(rows := np.flatnonzero(queue.episode >= 0)) > 0):
         actions = np.zeros((env.num_envs, io.n_action_steps, env.spec.action_dim), np.float32)
-        running = reset_ids[queue.episode[rows]]
         actions[rows] = ode_actions(
             model,
             io,
             observation,
             rows,
-            running,
+            reset_ids[queue.episode[rows]],
             queue.chunk[rows],
             seed=seed,
             denoising_steps=denoising_steps,
             batch_size=batch_size,
+            agree=agree,
         )
+        if len(rows) == 0:
+            continue
         result = env.step_chunk(actions, queue.episode >= 0)
+        observation = result.observation
         queue.chunk[rows] += 1
         results.length[queue.episode[rows]] += result.steps[rows]
         results.returns[queue.episode[rows]] += result.rewards[rows].sum(1)
-        observation = result.observation
-        done = np.flatnonzero(result.done)
-        if len(done) == 0:
-            continue
-        for slot in done:
-            episode = queue.episode[slot]
-            if result.failed[slot] and queue.put_back(slot):
-                results.length[episode], results.returns[episode] = 0, 0.0
-                continue
-            results.success[episode], results.failed[episode] = result.success[slot], result.failed[slot]
-            done_count += 1
-            if on_episode is not None:
-                on_episode(results, int(episode))
-        if progress is not None and done_count:
+        ended = _end_episodes(results, queue, result)
+        done_count += len(ended)
+        if on_episode is not None:
+            for episode in ended:
+                on_episode(results, episode)
+        if progress is not None and done_count and result.done.any():
             progress(done_count, len(reset_ids), f"success {results.success.sum() / done_count:.2f}")
-        refilled = queue.next_for(done)
+        refilled = queue.next_for(np.flatnonzero(result.done))
         if len(refilled):
             observation = env.reset(reset_ids[queue.episode[refilled]], refilled)
     model.train(was_training)
     return results
+
+
+def _end_episodes(results: EpisodeResults, queue: "_EpisodeQueue", result: ChunkResult) -> list[int]:
+    """Notes the outcome of episodes that are over and returns them; a broken one may be put back into the queue."""
+    ended = []
+    for slot in np.flatnonzero(result.done):
+        episode = int(queue.episode[slot])
+        if result.failed[slot] and queue.put_back(slot):
+            results.length[episode], results.returns[episode] = 0, 0.0
+            continue
+        results.success[episode], results.failed[episode] = result.success[slot], result.failed[slot]
+        ended.append(episode)
+    return ended
 
 
 class _EpisodeQueue:
@@ -218,6 +227,7 @@ def ode_actions(
     seed: int,
     denoising_steps: int | None = None,
     batch_size: int | None = None,
+    agree: Callable[[bool], bool] = bool,
 ) -> np.ndarray:
     """Actions (n, C, A) of the deterministic policy for n rows of an observation.
 
@@ -233,15 +243,37 @@ def ode_actions(
         batch_size: Every pass of the network gets so many rows, filled up by repetition: matrix products of another
             shape round otherwise, and with one shape a row's actions do not depend on its neighbours. None passes
             all n rows at once.
+        agree: Whether any process says yes. Asked before every further pass, whether this process has rows for it;
+            the first pass, and what another process needs, is made without rows with one of no consequence.
     """
-    if batch_size is not None:
-        parts = []
-        for start in range(0, len(rows), batch_size):
-            part = np.arange(start, min(start + batch_size, len(rows)))
-            full = np.resize(part, batch_size)
-            inputs = model, io, observation, rows[full], reset_ids[full], chunk[full]
-            parts.append(ode_actions(*inputs, seed=seed, denoising_steps=denoising_steps)[: len(part)])
-        return np.concatenate(parts)
+    size = batch_size or len(rows)
+    parts, start = [], 0
+    while True:
+        part = np.arange(start, min(start + size, len(rows)))
+        if len(part):
+            full = part if batch_size is None else np.resize(part, batch_size)
+            inputs = (observation, rows[full], reset_ids[full], chunk[full])
+        else:  # another process has rows: this one joins in with one of no consequence
+            zero = np.zeros(1, np.int64)
+            inputs = (blank_observation(io.spec), zero, np.zeros((1, 2), np.int64), zero)
+        parts.append(_ode_pass(model, io, *inputs, seed=seed, denoising_steps=denoising_steps)[: len(part)])
+        start += size
+        if batch_size is None or not agree(start < len(rows)):
+            return np.concatenate(parts)
+
+
+def _ode_pass(
+    model: FlowActorCritic,
+    io: PolicyIO,
+    observation: Observation,
+    rows: np.ndarray,
+    reset_ids: np.ndarray,
+    chunk: np.ndarray,
+    *,
+    seed: int,
+    denoising_steps: int | None,
+) -> np.ndarray:
+    """One pass of the network; arguments as for `ode_actions`."""
     policy = model.policy
     prefix = model("encode", batch=io.batch(observation, rows))
     noise = chunk_noise(
@@ -253,7 +285,7 @@ def ode_actions(
         device=prefix.pad_mask.device,
     )
     chunk_actions = model("ode", prefix=prefix, x_init=noise.x_init, denoising_steps=denoising_steps)
-    return io.actions(chunk_actions)
+    return io.actions(chunk_actions, observation, rows)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pi_rl.envs.vector_env import EnvSpec, Observation
+from pi_rl.envs.vector_env import STATE_KEY, TASK_KEY, EnvSpec, Observation
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,13 @@ class PolicyIO:
         raw = observation_tensors(observation, rows, self.spec.cameras)
         return self.preprocessor(raw)
 
-    def actions(self, chunk: Tensor) -> np.ndarray:
+    def actions(self, chunk: Tensor, observation: Observation, rows: Sequence[int] | np.ndarray) -> np.ndarray:
         """The executed part of predicted chunks in the environment's units.
 
         Args:
             chunk: (n, H, D) denoised, normalised and padded actions.
+            observation: What the policy acted on, all B rows.
+            rows: n indices into the B rows.
 
         Returns:
             (n, C, A) float32 within the environment's bounds.
@@ -52,6 +54,15 @@ class PolicyIO:
         executed = chunk[:, : self.n_action_steps, : self.spec.action_dim]
         actions = self.postprocessor(executed).numpy().astype(np.float32)
         return np.clip(actions, self.spec.action_low, self.spec.action_high)
+
+
+def blank_observation(spec: EnvSpec) -> Observation:
+    """One row that looks like an observation of the environment and shows nothing."""
+    return {
+        **{camera: np.zeros((1, height, width, 3), np.uint8) for camera, (height, width) in spec.cameras.items()},
+        STATE_KEY: np.zeros((1, spec.state_dim), np.float32),
+        TASK_KEY: [spec.instruction(0, 0)],
+    }
 
 
 def observation_tensors(

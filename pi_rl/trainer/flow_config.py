@@ -13,6 +13,7 @@ from pi_rl.arguments import option
 from pi_rl.flow.sampler import FlowSampler
 from pi_rl.policies.attention import ATTENTION_IMPLEMENTATIONS
 from pi_rl.policies.execution import Execution
+from pi_rl.rollout.stages import check_stages
 
 FLOW, UPDATE, ROLLOUT, EVAL = "Flow sampling", "Policy update", "Rollout", "Evaluation and checkpoints"
 COMPUTE = "Precision and memory"
@@ -85,7 +86,15 @@ class FlowConfig(TrainingArguments):
     auto_reset: bool = option(
         True, ROLLOUT, "reset finished environments within a rollout; otherwise one episode per environment"
     )
-    env_workers: int | None = option(None, ROLLOUT, "simulator processes per process; default: its CPU cores")
+    env_workers: int | None = option(
+        None, ROLLOUT, "simulator processes per process; default: its CPU cores, once for each pipeline stage"
+    )
+    pipeline_stages: int = option(
+        1, ROLLOUT, "2: one half of the environments is simulated while the policy infers for the other; or 1"
+    )
+    inference_batch_size: int | None = option(
+        None, ROLLOUT, "environments per pass of the network in rollouts; default: all of a stage"
+    )
     prefix_storage: str = option(
         "device",
         ROLLOUT,
@@ -390,6 +399,7 @@ class FlowConfig(TrainingArguments):
                 f"num_envs={self.num_envs} cannot be shared equally by {self.world_size} processes; "
                 f"use {lower} or {lower + self.world_size}."
             )
+        check_stages(self.num_envs // self.world_size, 1, self.pipeline_stages, self.inference_batch_size)
         local = self.samples_per_iteration // self.world_size
         step = self.per_device_train_batch_size * self.gradient_accumulation_steps
         if local % step:

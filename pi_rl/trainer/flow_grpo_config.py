@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from pi_rl.arguments import option
+from pi_rl.rollout.stages import check_stages
 from pi_rl.trainer.flow_config import ROLLOUT, FlowConfig, check_rules
 
 GRPO = "GRPO"
@@ -44,3 +45,4 @@ class FlowGRPOConfig(FlowConfig):
                 f"num_envs={self.num_envs} over {self._world_size_hint()} process(es) does not divide into groups of "
                 f"{self.group_size}; use {lower} or {lower + self.group_size * self._world_size_hint()}."
             )
+        check_stages(local, self.group_size, self.pipeline_stages, self.inference_batch_size)

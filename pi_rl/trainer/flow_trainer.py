@@ -183,7 +183,8 @@ class FlowTrainer(CheckpointedTrainer):
     def _make_env(self, env: str | VectorEnv, env_kwargs: dict[str, Any]) -> VectorEnv:
         local = self.args.num_envs // self.args.world_size
         if isinstance(env, str):
-            workers = self.args.env_workers or max(1, available_cores() // self.args.world_size)
+            cores = max(1, available_cores() // self.args.world_size)
+            workers = self.args.env_workers or cores * self.args.pipeline_stages
             return make_env(env, local, min(workers, local), **env_kwargs)
         if env.num_envs != local:
             raise ValueError(
@@ -212,6 +213,8 @@ class FlowTrainer(CheckpointedTrainer):
             processes=self.args.world_size,
             auto_reset=self.args.auto_reset,
             prefix_storage=self.args.prefix_storage,
+            pipeline_stages=self.args.pipeline_stages,
+            inference_batch_size=self.args.inference_batch_size,
         )
 
     def close(self) -> None:

@@ -1,4 +1,7 @@
-"""A simulator in numpy that breaks down on request: the second action component says how."""
+"""A simulator in numpy that breaks down, or waits, on request: the second action component says how."""
+
+import os
+import time
 
 import numpy as np
 
@@ -22,6 +25,8 @@ class CounterSim:
         how = int(action[1])
         if how == 7:
             raise ZeroDivisionError("the physics exploded")
+        while how == 6 and not os.path.exists(os.environ["COUNTER_GATE"]):
+            time.sleep(0.001)
         self.steps += 1
         self.total += np.nan if how == 8 else float(action[0])
         self.reward = np.inf if how == 9 else float(action[0])

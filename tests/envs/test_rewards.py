@@ -75,10 +75,9 @@ def test_nothing_is_simulated_or_paid_after_the_end(chunk):
     backend = types.SimpleNamespace(make=lambda task: sims.append(FlickeringSim()) or sims[-1], max_idle=0)
     worker = Worker(backend, layout, arrays, max_episode_steps=6)
     worker.reset([0, 1])
-    arrays["active"][:] = [True, False]
     rewards, steps = [], 0
     while not arrays["terminated"][0]:
-        worker.step_chunk([0, 1], chunk)
+        worker.step_chunk([0], chunk)
         rewards += arrays["rewards"][0, :chunk].tolist()
         steps += arrays["steps"][0]
     assert steps == sims[0].steps == 3
