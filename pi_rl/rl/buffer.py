@@ -23,6 +23,10 @@ class InputSource[InputT](Protocol):
         """Number of chunks kept."""
         ...
 
+    def prefetch(self, rows: Tensor) -> None:
+        """Announces the (M,) int64 ``rows`` that are asked for next, so that they may be fetched meanwhile."""
+        ...
+
 
 @dataclass
 class Minibatch[InputT]:
@@ -127,12 +131,14 @@ class RolloutBuffer[InputT]:
         if indices.ndim != 1 or indices.dtype != torch.int64:
             raise ValueError(f"`indices` is {indices.dtype} of shape {tuple(indices.shape)}; it must be int64 (M,)")
         rows = indices // self.transitions
+        home = self.x.device  # of all tensors: the indices travel there once
+        home_rows, home_indices = rows.to(home), indices.to(home)
 
         def of_chunk(tensor: Tensor) -> Tensor:
-            return tensor.index_select(0, rows.to(tensor.device)).to(device)
+            return tensor.index_select(0, home_rows).to(device)
 
         def of_sample(tensor: Tensor) -> Tensor:
-            return tensor.flatten(0, 1).index_select(0, indices.to(tensor.device)).to(device)
+            return tensor.flatten(0, 1).index_select(0, home_indices).to(device)
 
         def optional(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else of_sample(tensor)
@@ -152,6 +158,14 @@ class RolloutBuffer[InputT]:
             critic_input=critic_input,
             inputs=self.inputs[rows],
         )
+
+    def prefetch(self, indices: Tensor) -> None:
+        """Announces the samples of the next :meth:`minibatch`, so that the policy's inputs may be fetched meanwhile.
+
+        Args:
+            indices: As of :meth:`minibatch`.
+        """
+        self.inputs.prefetch(indices // self.transitions)
 
 
 def minibatch_permutations(n: int, update_epochs: int, minibatches: int, seed: int) -> list[Tensor]:

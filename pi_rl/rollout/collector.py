@@ -12,6 +12,7 @@ from torch import Tensor
 from pi_rl.envs.vector_env import ChunkResult, Observation, VectorEnv
 from pi_rl.policies.actor_critic import FlowActorCritic, Sample
 from pi_rl.policies.flow_policy import Prefix
+from pi_rl.policies.input_storage import InputStorage
 from pi_rl.policies.observation_store import ObservationStore
 from pi_rl.policies.prefix_cache import PrefixStore
 from pi_rl.progress import ProgressFn
@@ -102,7 +103,8 @@ class RolloutCollector:
         epochs: E, how often T chunks are collected per iteration, each time with fresh episodes.
         group_size: Environments that start each episode from the same initial state.
         auto_reset: Reset finished environments within a rollout; not with groups, whose episodes differ in length.
-        prefix_storage: "device" or "host", where prefixes wait for the update.
+        storage: Opens the store in which the policy's inputs wait for the update; by default the device keeps
+            prefixes, or observations where prefixes are live.
         pipeline_stages: 1, or 2 to overlap simulation and inference.
         inference_batch_size: Environments of one pass of the network, consecutive ones of a stage; those that are not
             running are left out of it. None means the whole stage. Equal passes give equal bits: n environments in
@@ -127,7 +129,7 @@ class RolloutCollector:
         epochs: int = 1,
         group_size: int = 1,
         auto_reset: bool = True,
-        prefix_storage: str = "device",
+        storage: InputStorage | None = None,
         pipeline_stages: int = 1,
         inference_batch_size: int | None = None,
         agree: Callable[[bool], bool] = bool,
@@ -136,12 +138,9 @@ class RolloutCollector:
         check_stages(env.num_envs, group_size, pipeline_stages, inference_batch_size)
         self.env, self.model, self.io = env, model, io
         self.chunks, self.epochs, self.seed, self.auto_reset = chunks, epochs, seed, auto_reset
-        capacity = epochs * chunks * env.num_envs
-        self._inputs: PrefixStore | ObservationStore
-        if model.policy.prefix_is_live:
-            self._inputs = ObservationStore(capacity)
-        else:
-            self._inputs = PrefixStore(prefix_storage, capacity=capacity)
+        live = model.policy.prefix_is_live
+        self._storage = storage or InputStorage("auto" if live else "device", live=live)
+        self._inputs: PrefixStore | ObservationStore | None = None  # opened at the first observation
         self.env_index = rank * env.num_envs + np.arange(env.num_envs)
         self.group_size = group_size
         self._group = self.env_index // group_size
@@ -167,7 +166,8 @@ class RolloutCollector:
         """
         self.model.eval()
         self._iteration = iteration
-        self._inputs.clear()
+        if self._inputs is not None:
+            self._inputs.clear()
         tasks = self.env.spec.tasks
         self._statistics = RolloutStatistics(tasks, np.zeros((len(tasks), 4)))
         records = [self._collect_epoch(epoch, progress) for epoch in range(self.epochs)]
@@ -270,10 +270,18 @@ class RolloutCollector:
 
     def _keep(self, batch: Mapping[str, Any], prefix: Prefix) -> None:
         """Stores what the update needs: the prefix, or the observation where the prefix has to be computed anew."""
+        if self._inputs is None:
+            capacity = self.epochs * self.chunks * self.env.num_envs
+            self._inputs = self._storage.open(batch, prefix, capacity)
         if isinstance(self._inputs, ObservationStore):
             self._inputs.append(batch)
         else:
             self._inputs.append(prefix)
+
+    def close(self) -> None:
+        """Gives the memory of the stored inputs back."""
+        if self._inputs is not None:
+            self._inputs.close()
 
     def _finish_chunk(self, stage: Stage, step: int, record: _Record) -> None:
         """Waits for the simulation of a stage, notes its outcome, and begins the next episodes."""
@@ -360,7 +368,8 @@ class RolloutCollector:
             epoch, env = divmod(column, self.env.num_envs)
             next_values[step, column] = records[epoch].values[step, 0, env]
         kept = in_order(valid, valid | lost, self.epochs)[:, 0]
-        inputs: Any = self._inputs if kept.all() else KeptInputs(self._inputs, kept.nonzero()[:, 0])
+        stored: Any = self._inputs
+        inputs = stored if kept.all() else KeptInputs(stored, kept.nonzero()[:, 0])
 
         def of_kept(tensors: list[Tensor]) -> Tensor:
             every = torch.cat(tensors)

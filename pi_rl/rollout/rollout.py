@@ -99,6 +99,10 @@ class KeptInputs:
         """Inputs of some kept rows, indices (m,) int64."""
         return self._source[self._rows[indices.to(self._rows.device)]]
 
+    def prefetch(self, indices: Tensor) -> None:
+        """Announces the kept rows that are asked for next."""
+        self._source.prefetch(self._rows[indices.to(self._rows.device)])
+
 
 @dataclass
 class Rollout:

@@ -1,5 +1,6 @@
 """What a trainer trains: a loaded policy, and policy, critic and noise network in one module."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -7,17 +8,20 @@ import torch
 from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import DeviceProcessorStep, PolicyProcessorPipeline
 from peft import LoraConfig
-from torch import nn
+from torch import Tensor, nn
 
 from pi_rl.flow.noise_network import NoiseNetwork
 from pi_rl.policies.actor_critic import FlowActorCritic
 from pi_rl.policies.checkpoints import LoadedPolicy, load_policy, override_steps
 from pi_rl.policies.critic import ValueHead
 from pi_rl.policies.flow_policy import FlowPolicy
+from pi_rl.policies.input_storage import RECOMPUTE, InputStorage
 from pi_rl.policies.lora import add_lora
 from pi_rl.policies.pi import PiFlowPolicy
 from pi_rl.policies.wrap import wrap_policy
 from pi_rl.trainer.flow_config import FlowConfig
+
+ADAM_BYTES = 12  # of a trained parameter: its gradient and two moments in float32
 
 
 def load_model(
@@ -104,7 +108,27 @@ def build_actor_critic(
         noise_network = NoiseNetwork(policy.feature_dim, policy.max_action_dim, args.noise_std_min, args.noise_std_max)
     if args.torch_compile:
         policy.compile_velocity(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-    return FlowActorCritic(policy, critic, noise_network, args.sampler(), args.execution(policy.prefix_is_live))
+    encodes_again = policy.prefix_is_live or args.prefix_storage == RECOMPUTE
+    return FlowActorCritic(policy, critic, noise_network, args.sampler(), args.execution(encodes_again))
+
+
+def build_input_storage(
+    model: FlowActorCritic,
+    args: FlowConfig,
+    agree: Callable[[Tensor], Tensor],
+    report: Callable[[str, str], None],
+) -> InputStorage:
+    """Where the policy's inputs wait for the update; ``agree`` and ``report`` are those of `InputStorage`."""
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return InputStorage(
+        args.prefix_storage,
+        live=model.policy.prefix_is_live,
+        folder=args.prefix_storage_dir or args.output_dir,
+        processes=int(os.environ.get("LOCAL_WORLD_SIZE", str(args.world_size))),
+        reserve=ADAM_BYTES * trained,
+        agree=agree,
+        report=report,
+    )
 
 
 def _prepare_vlm(policy: PiFlowPolicy, args: FlowConfig, peft_config: LoraConfig | None) -> None:

@@ -13,6 +13,7 @@ from pi_rl.arguments import option
 from pi_rl.flow.sampler import FlowSampler
 from pi_rl.policies.attention import ATTENTION_IMPLEMENTATIONS
 from pi_rl.policies.execution import Execution
+from pi_rl.policies.input_storage import STORAGES
 from pi_rl.rollout.stages import check_stages
 
 FLOW, UPDATE, ROLLOUT, EVAL = "Flow sampling", "Policy update", "Rollout", "Evaluation and checkpoints"
@@ -96,9 +97,13 @@ class FlowConfig(TrainingArguments):
         None, ROLLOUT, "environments per pass of the network in rollouts; default: all of a stage"
     )
     prefix_storage: str = option(
-        "device",
-        ROLLOUT,
-        "where prefix keys and values wait for the update: device or host memory (not with LoRA)",
+        "auto",
+        COMPUTE,
+        "where prefix keys and values wait for the update: device, host or disk; recompute keeps observations and "
+        "encodes them again, as a trained VLM needs; auto takes the first that has room",
+    )
+    prefix_storage_dir: str | None = option(
+        None, COMPUTE, "folder of the file of prefix_storage disk (or auto, if it comes to that); default: output_dir"
     )
     vlm_dtype: str | None = option(
         None,
@@ -331,7 +336,12 @@ class FlowConfig(TrainingArguments):
             ("noise_std_max", self.noise_std_max > self.noise_std_min, f"above noise_std_min={self.noise_std_min}"),
             ("eval_episodes", self.eval_episodes >= 0, "0 or more"),
             ("vlm_dtype", self.vlm_dtype in (None, "bfloat16", "float32"), "bfloat16 or float32, or left out"),
-            ("prefix_storage", self.prefix_storage in ("device", "host"), "device or host"),
+            ("prefix_storage", self.prefix_storage in STORAGES, f"one of {', '.join(STORAGES)}"),
+            (
+                "prefix_storage_dir",
+                self.prefix_storage_dir is None or self.prefix_storage in ("auto", "disk"),
+                "left out unless prefix_storage is disk or auto",
+            ),
             (
                 "attn_implementation",
                 self.attn_implementation in (None, *ATTENTION_IMPLEMENTATIONS),

@@ -23,6 +23,8 @@ from pi_rl.flow.chain import Chain
 from pi_rl.policies.checkpoints import LoadedPolicy
 from pi_rl.policies.critic import ValueHead
 from pi_rl.policies.flow_policy import FlowPolicy, Prefix, check_compatibility
+from pi_rl.policies.input_storage import RECOMPUTE
+from pi_rl.progress import say
 from pi_rl.rl.advantages import normalize_advantages
 from pi_rl.rl.buffer import Minibatch, RolloutBuffer, minibatch_permutations
 from pi_rl.rl.losses import clipped_surrogate
@@ -32,7 +34,7 @@ from pi_rl.rollout.policy_io import PolicyIO
 from pi_rl.rollout.randomness import shuffle_seed
 from pi_rl.rollout.rollout import Rollout
 from pi_rl.rollout.zero_success import warn_about_zero_success
-from pi_rl.trainer.build import build_actor_critic, load_model
+from pi_rl.trainer.build import build_actor_critic, build_input_storage, load_model
 from pi_rl.trainer.callbacks import IterationReport
 from pi_rl.trainer.checkpointing import CheckpointedTrainer
 from pi_rl.trainer.flow_config import FlowConfig
@@ -122,6 +124,7 @@ class FlowTrainer(CheckpointedTrainer):
         self._buffer: RolloutBuffer | None = None
         self.last_evaluation: EpisodeResults | None = None
         self._skip_updates = False
+        self._encodes_again = False
         self._minibatch_kl = torch.zeros((), dtype=torch.float64)
         self._clock: dict[str, float] = {}
         self._env_owned = isinstance(env, str)
@@ -212,13 +215,27 @@ class FlowTrainer(CheckpointedTrainer):
             rank=self.args.process_index,
             processes=self.args.world_size,
             auto_reset=self.args.auto_reset,
-            prefix_storage=self.args.prefix_storage,
             pipeline_stages=self.args.pipeline_stages,
             inference_batch_size=self.args.inference_batch_size,
+            storage=build_input_storage(
+                self.actor_critic,
+                self.args,
+                agree=lambda lacks: all_reduce(self.accelerator, lacks, "max"),
+                report=self._storage_chosen,
+            ),
         )
 
+    def _storage_chosen(self, storage: str, line: str) -> None:
+        self._encodes_again = storage == RECOMPUTE
+        if self._encodes_again:
+            self.actor_critic.execution = self.args.execution(True)
+        if self.args.process_index == 0:
+            say(line)
+
     def close(self) -> None:
-        """Ends the simulator processes if the trainer started them."""
+        """Ends the simulator processes if the trainer started them, and frees the stored inputs."""
+        if getattr(self, "collector", None) is not None:
+            self.collector.close()
         if self._env_owned and getattr(self, "env", None) is not None:
             self.env.close()
 
@@ -312,13 +329,18 @@ class FlowTrainer(CheckpointedTrainer):
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The tick's samples: rows of the rollout by index, the policy's inputs from their store."""
-        indices, minibatch_size = self._micro_batches[inputs["tick"]]
-        share = len(indices) / minibatch_size
-        if len(indices) == 0:
-            # another process has samples: this one takes part in the collective calls with a sample of no weight
-            indices = torch.zeros(1, dtype=torch.int64)
+        tick = inputs["tick"]
+        indices, minibatch_size = self._micro_batches[tick]
         assert self._buffer is not None
-        return {"tick": inputs["tick"], "batch": self._buffer.minibatch(indices), "share": share}
+        batch = self._buffer.minibatch(self._indices(tick))
+        if tick + 1 < len(self._micro_batches):
+            self._buffer.prefetch(self._indices(tick + 1))
+        return {"tick": tick, "batch": batch, "share": len(indices) / minibatch_size}
+
+    def _indices(self, tick: int) -> Tensor:
+        indices = self._micro_batches[tick][0]
+        # without samples where another process has some: one of no weight, to take part in the collective calls
+        return indices if len(indices) else torch.zeros(1, dtype=torch.int64)
 
     def compute_loss(
         self,
@@ -389,7 +411,7 @@ class FlowTrainer(CheckpointedTrainer):
         """A reduced-precision VLM that encodes again in batches of another size rounds differently."""
         policy = self.actor_critic.policy
         reduced = any(parameter.dtype != torch.float32 for parameter in policy.parameters())
-        return LIVE_RATIO_LIMIT if policy.prefix_is_live and reduced else FIRST_RATIO_LIMIT
+        return LIVE_RATIO_LIMIT if self._encodes_again and reduced else FIRST_RATIO_LIMIT
 
     def _check_target_kl(self, approx_kl: Tensor, share: float, tick: int) -> None:
         """After the last micro-batch of a minibatch, decides for all processes whether the iteration goes on."""

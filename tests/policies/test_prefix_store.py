@@ -23,20 +23,6 @@ def assert_same(a, b):
         assert torch.equal(tensor, getattr(b, name)), name
 
 
-@pytest.mark.parametrize("storage", ["device", "host"])
-@pytest.mark.parametrize("capacity", [0, 4, 100])
-def test_rows_come_back(storage, capacity):
-    store = PrefixStore(storage, capacity=capacity)
-    pieces = [prefix(3, seed) for seed in range(5)]
-    for i, piece in enumerate(pieces):
-        assert store.append(piece).tolist() == [3 * i, 3 * i + 1, 3 * i + 2]
-    assert len(store) == 15
-    whole = Prefix.cat(pieces)
-    assert_same(store[torch.arange(15)], whole)
-    rows = torch.tensor([14, 0, 7, 7])
-    assert_same(store[rows], whole.index(rows))
-
-
 def test_only_valid_rows_and_reuse_of_memory():
     store, piece = PrefixStore(), prefix(4, state=False)
     store.append(piece, torch.tensor([True, False, True, False]))
@@ -57,15 +43,6 @@ def test_stored_rows_are_copies():
     assert_same(store[torch.arange(2)], expected)
 
 
-def test_bfloat16_storage_halves_the_memory():
-    full, half = PrefixStore(), PrefixStore(kv_dtype=torch.bfloat16)
-    piece = prefix(8)
-    full.append(piece)
-    half.append(piece)
-    assert full.nbytes - half.nbytes == piece.kv.nbytes // 2
-    assert torch.equal(half[torch.arange(8)].kv, piece.kv.bfloat16())
-
-
 def test_errors():
     store = PrefixStore()
     store.append(prefix(2))
@@ -73,8 +50,6 @@ def test_errors():
         store[torch.tensor([2])]
     with pytest.raises(ValueError, match="same cameras"):
         store.append(prefix(2, tokens=6))
-    with pytest.raises(ValueError, match="storage"):
-        PrefixStore("disk")
     with pytest.raises(ValueError, match="capacity"):
         PrefixStore(capacity=-1)
     with pytest.raises(ValueError, match="token counts"):
