@@ -249,14 +249,25 @@ def has_tokenizer_files(folder: Path) -> bool:
     return vocabulary and (folder / "tokenizer_config.json").is_file()
 
 
-def save_heads(folder: str | Path, actor_critic: FlowActorCritic) -> None:
+def save_heads(
+    folder: str | Path, actor_critic: FlowActorCritic, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes critic.safetensors and noise_network.safetensors, each atomically, as far as the model has them.
 
     They stay out of model.safetensors: LeRobot refuses unknown keys there.
+
+    Args:
+        folder: Target folder.
+        actor_critic: The model.
+        state_dict: The model's weights, for instance gathered from a sharded one; None takes those it has.
     """
     with _replacing(Path(folder).absolute()) as temporary:
         for name, head in _heads(actor_critic).items():
-            write_tensors(temporary / name, head.state_dict())
+            tensors = head.state_dict()
+            if state_dict is not None:
+                prefix = next(key for key, module in actor_critic.named_children() if module is head)
+                tensors = {key: state_dict[f"{prefix}.{key}"] for key in tensors}
+            write_tensors(temporary / name, tensors)
 
 
 def load_heads(folder: str | Path, actor_critic: FlowActorCritic) -> None:

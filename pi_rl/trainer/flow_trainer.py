@@ -134,6 +134,7 @@ class FlowTrainer(CheckpointedTrainer):
             data_collator=lambda features: features[0],
             callbacks=callbacks,
         )
+        self.shard(actor_critic)
         self.model_accepts_loss_kwargs = False
         for default in (PrinterCallback, ProgressCallback):
             self.remove_callback(default)
@@ -243,6 +244,7 @@ class FlowTrainer(CheckpointedTrainer):
                 self.args.learning_rate, self.critic_learning_rate, self.args.weight_decay
             )
             self.optimizer = optimizer_class(groups, **kwargs)
+            self._remember_parameters()
         return self.optimizer
 
     def training_step(
