@@ -17,7 +17,7 @@ from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from lerobot.processor import DeviceProcessorStep
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer, TrainingArguments
 
@@ -39,9 +39,10 @@ def check_sharding(args: FlowConfig, plugin: FullyShardedDataParallelPlugin) -> 
     Raises:
         ValueError: Naming the setting of the launch file or of the run, and what to use instead.
     """
+    offloaded = isinstance(plugin.cpu_offload, CPUOffloadPolicy)
     rules = (
         ("fsdp_version", plugin.fsdp_version == 2, plugin.fsdp_version, "2"),
-        ("fsdp_offload_params", not plugin.cpu_offload, True, "false: rollouts read every weight in every step"),
+        ("fsdp_offload_params", not offloaded, True, "false: rollouts read every weight in every step"),
         ("fsdp_cpu_ram_efficient_loading", not plugin.cpu_ram_efficient_loading, True, "false: pi_rl loads by itself"),
         (
             "fsdp_activation_checkpointing",
