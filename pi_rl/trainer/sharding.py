@@ -8,7 +8,7 @@ gathered when its module is called, so everything that computes has to be called
 """
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -138,12 +138,9 @@ def deliver_to(loaded: LoadedPolicy, device: torch.device) -> None:
             step.__post_init__()
 
 
-def _units(model: nn.Module) -> Iterator[nn.Module]:
-    """Layers and embeddings; a layer whose activations are recomputed is gathered with its wrapper."""
-    for module in model.modules():
-        inner = getattr(module, "_checkpoint_wrapped_module", module)
-        if any(parent.__name__ in UNITS for parent in type(inner).__mro__) and not isinstance(module, FSDPModule):
-            yield module
+def _units(model: nn.Module) -> list[nn.Module]:
+    """Layers and embeddings."""
+    return [part for part in model.modules() if any(parent.__name__ in UNITS for parent in type(part).__mro__)]
 
 
 def _whole(value: Any) -> Any:
