@@ -161,7 +161,6 @@ def run_recipe(
     import torch
 
     from pi_rl.envs.registry import check_name_and_options
-    from pi_rl.trainer.processes import first_decides, reachable
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     with _set_up():
@@ -186,20 +185,27 @@ def run_recipe(
         _prepare_folder(run)
     run.continue_clock()
     say(config.arithmetic, enabled=run.is_main)
-    policy_path: str | Path = recipe.model or run.folder / ("init" if config.dry_run else "sft")
     try:
-        if recipe.model is None:
-            make = _create_small_policy if config.dry_run else _make_sft_policy
-            first_decides(lambda: make(run, spec))
-        if first_decides(lambda: Path(policy_path).is_dir()):
-            with reachable(policy_path, config.device) as folder:
-                _reinforce(run, folder)
-        else:  # a Hub id, which every computer downloads for itself
-            _reinforce(run, policy_path)
+        _run_stages(run, spec)
     except BaseException:
         _release_folder(run)
         raise
     return run.folder
+
+
+def _run_stages(run: _Run, spec: "EnvSpec") -> None:
+    """All stages; what the first process has made or was given, others get from it."""
+    from pi_rl.trainer.processes import first_decides, reachable
+
+    policy_path: str | Path = run.recipe.model or run.folder / ("init" if run.rl.dry_run else "sft")
+    if run.recipe.model is None:
+        make = _create_small_policy if run.rl.dry_run else _make_sft_policy
+        first_decides(lambda: make(run, spec))
+    if first_decides(lambda: Path(policy_path).is_dir()):
+        with reachable(policy_path, run.rl.device) as folder:
+            _reinforce(run, folder)
+    else:  # a Hub id, which every computer downloads for itself
+        _reinforce(run, policy_path)
 
 
 def _config_class(algorithm: str) -> "type[FlowConfig]":
@@ -245,7 +251,6 @@ def _check_together(recipe: RecipeArguments, rl: "FlowConfig", spec: "EnvSpec") 
 def _prepare_folder(run: _Run) -> None:
     """Claims the output folder, or continues the same run in it; refuses another run's."""
     from pi_rl.hub.results import RESULTS_NAME
-
     from pi_rl.trainer.processes import first_decides
 
     config = run.folder / CONFIG_NAME
