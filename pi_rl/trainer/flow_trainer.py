@@ -215,7 +215,8 @@ class FlowTrainer(CheckpointedTrainer):
             auto_reset=self.args.auto_reset,
             prefix_storage=self.args.prefix_storage,
             pipeline_stages=self.args.pipeline_stages,
-            inference_batch_size=self.args.inference_batch_size,
+            inference_batch_size=self.rows_at_once(self.args.inference_batch_size, self.args.pipeline_stages),
+            agree=self.agree,
         )
 
     def close(self) -> None:
@@ -443,7 +444,9 @@ class FlowTrainer(CheckpointedTrainer):
             self.io,
             ids[mine],
             seed=self.args.eval_seed,
+            batch_size=self.rows_at_once(),
             progress=self.report.evaluation_progress,
+            agree=self.agree,
         )
         outcome = torch.zeros(4, len(ids), dtype=torch.float64)
         for row, values in zip(outcome, (local.success, local.length, local.returns, local.failed), strict=True):

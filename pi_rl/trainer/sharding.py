@@ -7,6 +7,7 @@ gathered when its module is called, so everything that computes has to be called
 `FlowActorCritic.forward`, and all processes have to make the same calls.
 """
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +22,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import Trainer, TrainingArguments
 
+from pi_rl.policies.actor_critic import FlowActorCritic
 from pi_rl.policies.checkpoints import LoadedPolicy
 from pi_rl.trainer.flow_config import FlowConfig
 
@@ -186,10 +188,28 @@ class ShardedTrainer(Trainer):
         # whole gradients would otherwise wait on every process for the last micro-batch of a minibatch
         self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
 
-    def shard(self, model: nn.Module) -> None:
+    def shard(self, model: FlowActorCritic) -> None:
         """Shards the model if the run asks for it; before an optimiser or anything else holds its parameters."""
-        if self.is_fsdp_enabled:
-            shard_model(model, self.accelerator.device)
+        if not self.is_fsdp_enabled:
+            return
+        execution = model.execution
+        if execution.encode_rows is not None:  # one pass for whatever number of samples, as of the expert
+            model.execution = dataclasses.replace(execution, encode_rows=execution.expert_rows)
+        shard_model(model, self.accelerator.device)
+
+    def rows_at_once(self, asked: int | None = None, stages: int = 1) -> int | None:
+        """Rows of a call of the policy that make one pass of the network, however many of them are in use.
+
+        Passes of a sharded model are collective, and processes differ in the rows that they have.
+
+        Args:
+            asked: What the run asks for; None leaves it open.
+            stages: Number of parts that the environments of a process act in.
+        """
+        fixed = self.model.execution.expert_rows if self.is_fsdp_enabled else None
+        if fixed is None:
+            return asked
+        return min(fixed, asked or self.args.num_envs // self.args.world_size // stages)
 
     def agree(self, flag: bool) -> bool:
         """Whether the flag is true on any process, where processes have to make the same calls of a sharded model.
