@@ -111,11 +111,18 @@ def load_policy(
     return LoadedPolicy(policy=policy, preprocessor=preprocessor, postprocessor=postprocessor, path=folder)
 
 
-def load_policy_weights(policy: PreTrainedPolicy, folder: str | Path) -> None:
+def load_policy_weights(
+    policy: PreTrainedPolicy, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
     """Copies the weights of a policy folder into an existing policy of the same sizes, in place.
 
     With LoRA, adapters come from the folder's `adapter/` and everything outside the VLM from its weights; the VLM
     under the adapters stays, after a check that merging gives the folder's weights.
+
+    Args:
+        policy: The policy; a sharded one takes its part of every tensor.
+        folder: Folder in LeRobot's layout.
+        state_dict: The weights that the policy has, gathered from a sharded one with LoRA.
 
     Raises:
         ValueError: If the weights are missing or do not fit, only one of policy and folder has adapters, or the
@@ -130,16 +137,15 @@ def load_policy_weights(policy: PreTrainedPolicy, folder: str | Path) -> None:
             "merged weights."
         )
     if live:
-        _load_adapted_weights(policy, folder)
+        _load_adapted_weights(policy, folder, policy.state_dict() if state_dict is None else state_dict)
     else:
         load_weights(policy, folder / WEIGHTS_FILE)
 
 
-def _load_adapted_weights(policy: PreTrainedPolicy, folder: Path) -> None:
+def _load_adapted_weights(policy: PreTrainedPolicy, folder: Path, live: Mapping[str, Tensor]) -> None:
     path = folder / WEIGHTS_FILE
     tensors = read_tensors(path, "policy weights")
     adapters = read_adapter(folder / ADAPTER_FOLDER, policy)
-    live = policy.state_dict()
     merged = merged_state_dict(policy, {**live, **adapters})
     check_tensors(tensors, merged, str(path))
     vlm = [name for name in merged if name.startswith(VLM_PREFIX)]

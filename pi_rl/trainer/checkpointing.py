@@ -15,6 +15,7 @@ from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
 
 from pi_rl.policies.actor_critic import FlowActorCritic
 from pi_rl.policies.checkpoints import LoadedPolicy, load_heads, load_policy_weights, save_heads, save_policy
+from pi_rl.policies.lora import has_lora
 from pi_rl.trainer.flow_config import FlowConfig
 from pi_rl.trainer.processes import all_succeed, first_decides, process_count, reachable
 from pi_rl.trainer.sharding import (
@@ -210,7 +211,9 @@ class CheckpointedTrainer(ShardedTrainer):
         self.load_rl_state(state)
 
     def _load_weights(self, folder: Path) -> None:
-        load_policy_weights(self._loaded.policy, folder)
+        policy = self._loaded.policy
+        gather = is_sharded(self.actor_critic) and has_lora(policy)
+        load_policy_weights(policy, folder, whole_state(policy, keep=True) if gather else None)
         load_heads(folder, self.actor_critic)
 
     def _checked_state(self, folder: Path) -> dict[str, Any]:
