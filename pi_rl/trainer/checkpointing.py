@@ -117,12 +117,15 @@ class CheckpointedTrainer(ShardedTrainer):
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or not is_sharded(self.actor_critic):
+        if checkpoint is None or process_count() == 1:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        files = [os.path.join(checkpoint, name) for name in (OPTIMIZER_NAME, SCHEDULER_NAME)]
-        # mapped, not read: a process needs its part of each tensor only
-        optimizer, scheduler = (torch.load(file, map_location="cpu", weights_only=True, mmap=True) for file in files)
+        # mapped, not read, where it is copied to a GPU: a sharded process needs its part of each tensor only
+        mapped = self.args.device.type != "cpu"
+        optimizer, scheduler = (
+            torch.load(os.path.join(checkpoint, name), map_location="cpu", weights_only=True, mmap=mapped)
+            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
+        )
         load_whole_optimizer_state(self.optimizer, optimizer)
         self.lr_scheduler.load_state_dict(scheduler)
 

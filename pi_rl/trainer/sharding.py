@@ -117,10 +117,10 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer, *, keep: bool) -> di
 
 
 def load_whole_optimizer_state(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Gives a sharded model's optimiser its part of a state with whole tensors.
+    """Gives an optimiser its part of a state with whole tensors: all of them where the model is not sharded.
 
     Args:
-        optimizer: Of a sharded model.
+        optimizer: Of a sharded model or not.
         state: What `whole_optimizer_state` or an unsharded run wrote; the same on every process.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
