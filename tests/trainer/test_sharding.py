@@ -27,7 +27,7 @@ def launch(layout, cases, policies, out, *earlier):
     config = ["--config_file", str(ROOT / "recipes" / "accelerate" / file), "--num_processes", str(processes)]
     script = [str(Path(__file__).with_name("distributed_runs.py")), ",".join(cases), policies, out, *earlier]
     command = [sys.executable, "-m", "accelerate.commands.launch", *config, *map(str, script)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-4000:]
     return out
 
