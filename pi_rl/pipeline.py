@@ -185,19 +185,27 @@ def run_recipe(
         _prepare_folder(run)
     run.continue_clock()
     say(config.arithmetic, enabled=run.is_main)
-    policy_path: str | Path = recipe.model or run.folder / ("init" if config.dry_run else "sft")
     try:
-        if recipe.model is None and run.is_main:
-            if config.dry_run:
-                _create_small_policy(run, spec)
-            else:
-                _make_sft_policy(run, spec)
-        run.wait()
-        _reinforce(run, policy_path)
+        _run_stages(run, spec)
     except BaseException:
         _release_folder(run)
         raise
     return run.folder
+
+
+def _run_stages(run: _Run, spec: "EnvSpec") -> None:
+    """All stages; what the first process has made or was given, others get from it."""
+    from pi_rl.trainer.processes import first_decides, reachable
+
+    policy_path: str | Path = run.recipe.model or run.folder / ("init" if run.rl.dry_run else "sft")
+    if run.recipe.model is None:
+        make = _create_small_policy if run.rl.dry_run else _make_sft_policy
+        first_decides(lambda: make(run, spec))
+    if first_decides(lambda: Path(policy_path).is_dir()):
+        with reachable(policy_path, run.rl.device) as folder:
+            _reinforce(run, folder)
+    else:  # a Hub id, which every computer downloads for itself
+        _reinforce(run, policy_path)
 
 
 def _config_class(algorithm: str) -> "type[FlowConfig]":
@@ -243,9 +251,11 @@ def _check_together(recipe: RecipeArguments, rl: "FlowConfig", spec: "EnvSpec") 
 def _prepare_folder(run: _Run) -> None:
     """Claims the output folder, or continues the same run in it; refuses another run's."""
     from pi_rl.hub.results import RESULTS_NAME
+    from pi_rl.trainer.processes import first_decides
 
     config = run.folder / CONFIG_NAME
-    if run.is_main:
+
+    def claim() -> None:
         finished = RESULTS_NAME if run.rl.planned_eval_episodes else "trainer_state.json"
         if (run.folder / finished).exists():
             raise ValueError(
@@ -261,7 +271,8 @@ def _prepare_folder(run: _Run) -> None:
         if run.claimed and any(run.folder.iterdir()):
             raise ValueError(f"{run.folder} is not empty and holds no run of pi_rl. Give another --output_dir.")
         dump_config((run.recipe, run.rl), config)
-    run.wait()
+
+    first_decides(claim)
 
 
 def _release_folder(run: _Run) -> None:
@@ -434,7 +445,7 @@ def _report(run: _Run, trainer: Any, policy_path: str | Path, before: Any, after
     )
     if recipe.video:
         with run.stage("video", "   Filming the same initial state before and after"):
-            film_before_after(trainer, policy_path, before, after, folder / "before_after.mp4")
+            film_before_after(trainer, policy_path, folder / "policy", before, after, folder / "before_after.mp4")
     results.minutes = run.minutes_of_all()
     write_model_card(
         folder / "policy",

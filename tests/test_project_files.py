@@ -40,7 +40,13 @@ def test_every_requirement_is_pinned_to_a_version_it_allows(requirement: Require
 
 @pytest.mark.parametrize(
     ("name", "processes", "cpu"),
-    [("cpu", 1, True), ("cpu_ddp", 2, True), ("one_gpu", 1, False), ("ddp_8gpu", 8, False)],
+    [
+        ("cpu", 1, True),
+        ("cpu_ddp", 2, True),
+        ("one_gpu", 1, False),
+        ("ddp_8gpu", 8, False),
+        ("fsdp_8gpu", 8, False),
+    ],
 )
 def test_accelerate_reads_our_configurations(name: str, processes: int, cpu: bool) -> None:
     from accelerate.commands.config.config_args import load_config_from_file

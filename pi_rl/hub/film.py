@@ -1,5 +1,6 @@
 """The film of a run: one initial state before and after reinforcement learning."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import numpy as np
 from pi_rl.hub.videos import side_by_side, write_video
 from pi_rl.rollout.evaluator import record_episode
 from pi_rl.trainer.build import build_actor_critic, load_model
+from pi_rl.trainer.sharding import is_sharded
 
 DRAWN_PER_SECOND, SHOWN_PER_SECOND = 40, 10
 
@@ -25,7 +27,9 @@ def film_timing(fps: int) -> tuple[int, float]:
     return every, max(1.0, fps / every / SHOWN_PER_SECOND)
 
 
-def film_before_after(trainer: Any, sft_path: str | Path, before: Any, after: Any, path: Path) -> Path:
+def film_before_after(
+    trainer: Any, sft_path: str | Path, trained_path: str | Path, before: Any, after: Any, path: Path
+) -> Path:
     """Films one initial state with the policy that RL started from and the trained one, side by side.
 
     It is the first of the evaluation's states that the one fails and the other solves; if there is none, the first.
@@ -33,6 +37,7 @@ def film_before_after(trainer: Any, sft_path: str | Path, before: Any, after: An
     Args:
         trainer: A trained trainer.
         sft_path: Checkpoint that RL started from.
+        trained_path: The trained policy as it was saved; read where the trainer's model is spread over processes.
         before: Its evaluation.
         after: The trained policy's evaluation on the same states.
         path: MP4 file to write.
@@ -44,10 +49,9 @@ def film_before_after(trainer: Any, sft_path: str | Path, before: Any, after: An
     reset_id = before.reset_ids[turned[0] if len(turned) else 0]
     args, spec = trainer.args, trainer.env.spec
     every, slower = film_timing(spec.fps)
-    original = build_actor_critic(load_model(sft_path, args, None), args).to(args.device)
     clips = [
         record_episode(model, trainer.env, trainer.io, reset_id, seed=args.eval_seed, every=every)
-        for model in (original, trainer.actor_critic)
+        for model in _before_and_after(trainer, sft_path, trained_path)
     ]
     (first, first_success), (second, second_success) = clips
     frames = side_by_side(
@@ -59,3 +63,13 @@ def film_before_after(trainer: Any, sft_path: str | Path, before: Any, after: An
         caption=spec.instruction(*reset_id.tolist()) + (f" ({slower:g}x slower)" if slower > 1 else ""),
     )
     return write_video(frames, path, fps=spec.fps / every / slower)
+
+
+def _before_and_after(trainer: Any, sft_path: str | Path, trained_path: str | Path) -> Iterator[Any]:
+    """One model after the other; the trainer's own only where this process has all of it."""
+    args = trainer.args
+    yield build_actor_critic(load_model(sft_path, args, None), args).to(args.device)
+    if is_sharded(trainer.actor_critic):
+        yield build_actor_critic(load_model(trained_path, args, None), args).to(args.device)
+    else:
+        yield trainer.actor_critic

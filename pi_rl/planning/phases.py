@@ -19,6 +19,7 @@ from pi_rl.policies.lora import merged_state_dict
 from pi_rl.policies.parked import ParkedHead
 from pi_rl.rl.losses import clipped_surrogate
 from pi_rl.trainer.flow_config import FlowConfig
+from pi_rl.trainer.sharding import sharding_units
 
 _PARTS = (
     ("adapters", ("lora_",)),
@@ -318,12 +319,7 @@ def _row_bytes(tensors: Iterator[tuple[Tensor, int]], rows: int) -> int:
 
 def _units(model: FlowActorCritic) -> tuple[int, int]:
     """Bytes of the largest module that a sharded model gathers as a whole, and of the weights outside of any."""
-    kinds = set(model._no_split_modules)
-    units = [
-        module
-        for module in model.modules()
-        if isinstance(module, torch.nn.Embedding) or any(kind.__name__ in kinds for kind in type(module).__mro__)
-    ]
+    units = sharding_units(model)
     inside = {id(parameter) for unit in units for parameter in unit.parameters()}
     root = sum(parameter.nbytes for parameter in model.parameters() if id(parameter) not in inside)
     return max(sum(parameter.nbytes for parameter in unit.parameters()) for unit in units) if units else 0, root

@@ -52,9 +52,6 @@ class FlowActorCritic(nn.Module):
         ValueError: If the noise network is missing or superfluous.
     """
 
-    # what a sharding wrapper keeps together: layers of the action expert, the language model and the vision tower
-    _no_split_modules = ("_PiGemmaDecoderLayerBase", "SiglipEncoderLayer")
-
     def __init__(
         self,
         policy: FlowPolicy,

@@ -111,11 +111,18 @@ def load_policy(
     return LoadedPolicy(policy=policy, preprocessor=preprocessor, postprocessor=postprocessor, path=folder)
 
 
-def load_policy_weights(policy: PreTrainedPolicy, folder: str | Path) -> None:
+def load_policy_weights(
+    policy: PreTrainedPolicy, folder: str | Path, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
     """Copies the weights of a policy folder into an existing policy of the same sizes, in place.
 
     With LoRA, adapters come from the folder's `adapter/` and everything outside the VLM from its weights; the VLM
     under the adapters stays, after a check that merging gives the folder's weights.
+
+    Args:
+        policy: The policy; a sharded one takes its part of every tensor.
+        folder: Folder in LeRobot's layout.
+        state_dict: The weights that the policy has, gathered from a sharded one with LoRA.
 
     Raises:
         ValueError: If the weights are missing or do not fit, only one of policy and folder has adapters, or the
@@ -130,16 +137,15 @@ def load_policy_weights(policy: PreTrainedPolicy, folder: str | Path) -> None:
             "merged weights."
         )
     if live:
-        _load_adapted_weights(policy, folder)
+        _load_adapted_weights(policy, folder, policy.state_dict() if state_dict is None else state_dict)
     else:
         load_weights(policy, folder / WEIGHTS_FILE)
 
 
-def _load_adapted_weights(policy: PreTrainedPolicy, folder: Path) -> None:
+def _load_adapted_weights(policy: PreTrainedPolicy, folder: Path, live: Mapping[str, Tensor]) -> None:
     path = folder / WEIGHTS_FILE
     tensors = read_tensors(path, "policy weights")
     adapters = read_adapter(folder / ADAPTER_FOLDER, policy)
-    live = policy.state_dict()
     merged = merged_state_dict(policy, {**live, **adapters})
     check_tensors(tensors, merged, str(path))
     vlm = [name for name in merged if name.startswith(VLM_PREFIX)]
@@ -249,14 +255,25 @@ def has_tokenizer_files(folder: Path) -> bool:
     return vocabulary and (folder / "tokenizer_config.json").is_file()
 
 
-def save_heads(folder: str | Path, actor_critic: FlowActorCritic) -> None:
+def save_heads(
+    folder: str | Path, actor_critic: FlowActorCritic, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
     """Writes critic.safetensors and noise_network.safetensors, each atomically, as far as the model has them.
 
     They stay out of model.safetensors: LeRobot refuses unknown keys there.
+
+    Args:
+        folder: Target folder.
+        actor_critic: The model.
+        state_dict: The model's weights, for instance gathered from a sharded one; None takes those it has.
     """
     with _replacing(Path(folder).absolute()) as temporary:
         for name, head in _heads(actor_critic).items():
-            write_tensors(temporary / name, head.state_dict())
+            tensors = head.state_dict()
+            if state_dict is not None:
+                prefix = next(key for key, module in actor_critic.named_children() if module is head)
+                tensors = {key: state_dict[f"{prefix}.{key}"] for key in tensors}
+            write_tensors(temporary / name, tensors)
 
 
 def load_heads(folder: str | Path, actor_critic: FlowActorCritic) -> None:

@@ -283,8 +283,6 @@ class PiFlowPolicy(FlowPolicy):
             mask = fold_mask(pad_mask[:, None], self._heads, compute_dtype(hidden))
         else:
             mask = prepare_attention_masks_4d(make_att_2d_masks(pad_mask, attention))
-        # a sharded layer gathers its weights when it is called as a whole, not when its parts are
-        whole = whole or isinstance(layers[-1], FSDPModule)
         for layer in layers if whole else layers[:-1]:
             hidden = layer(
                 hidden,
@@ -371,6 +369,8 @@ class PiFlowPolicy(FlowPolicy):
 
 def _keys_and_values(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Tensor], keys: PrefixKeys) -> None:
     """What a decoder layer adds to a cache, without what it would pass on."""
+    if isinstance(layer, FSDPModule):  # gathers its weights by itself only when it is called
+        layer.unshard()
     attention: Any = layer.self_attn
     normed, _ = layer.input_layernorm(hidden)  # type: ignore[operator]
     shape = (*hidden.shape[:-1], -1, attention.head_dim)
@@ -379,3 +379,5 @@ def _keys_and_values(layer: nn.Module, hidden: Tensor, rotary: tuple[Tensor, Ten
     )
     key, _ = apply_rotary_pos_emb(key, key, *rotary)
     keys.update(key, value, attention.layer_idx)
+    if isinstance(layer, FSDPModule) and not torch.is_grad_enabled():  # else the backward pass does it
+        layer.reshard()

@@ -20,6 +20,7 @@ from pi_rl.policies.lora import add_lora
 from pi_rl.policies.pi import PiFlowPolicy
 from pi_rl.policies.wrap import wrap_policy
 from pi_rl.trainer.flow_config import FlowConfig
+from pi_rl.trainer.sharding import deliver_to, sharding_requested
 
 ADAM_BYTES = 12  # of a trained parameter: its gradient and two moments in float32
 
@@ -40,9 +41,16 @@ def load_model(
         ValueError: When a policy object comes without processors.
     """
     if isinstance(model, str | Path):
-        return load_policy(
-            model, device=args.device, n_action_steps=args.n_action_steps, denoising_steps=args.denoising_steps
+        sharded = sharding_requested(args)
+        loaded = load_policy(
+            model,
+            device="cpu" if sharded else args.device,  # what is sharded moves to the device unit by unit
+            n_action_steps=args.n_action_steps,
+            denoising_steps=args.denoising_steps,
         )
+        if sharded:
+            deliver_to(loaded, args.device)
+        return loaded
     if isinstance(model, LoadedPolicy):
         loaded = model
     elif processors is None:

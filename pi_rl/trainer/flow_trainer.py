@@ -137,6 +137,7 @@ class FlowTrainer(CheckpointedTrainer):
             data_collator=lambda features: features[0],
             callbacks=callbacks,
         )
+        self.shard(actor_critic)
         self.model_accepts_loss_kwargs = False
         for default in (PrinterCallback, ProgressCallback):
             self.remove_callback(default)
@@ -216,7 +217,8 @@ class FlowTrainer(CheckpointedTrainer):
             processes=self.args.world_size,
             auto_reset=self.args.auto_reset,
             pipeline_stages=self.args.pipeline_stages,
-            inference_batch_size=self.args.inference_batch_size,
+            inference_batch_size=self.rows_at_once(self.args.inference_batch_size, self.args.pipeline_stages),
+            agree=self.agree,
             storage=build_input_storage(
                 self.actor_critic,
                 self.args,
@@ -260,6 +262,7 @@ class FlowTrainer(CheckpointedTrainer):
                 self.args.learning_rate, self.critic_learning_rate, self.args.weight_decay
             )
             self.optimizer = optimizer_class(groups, **kwargs)
+            self._remember_parameters()
         return self.optimizer
 
     def training_step(
@@ -463,7 +466,9 @@ class FlowTrainer(CheckpointedTrainer):
             self.io,
             ids[mine],
             seed=self.args.eval_seed,
+            batch_size=self.rows_at_once(),
             progress=self.report.evaluation_progress,
+            agree=self.agree,
         )
         outcome = torch.zeros(4, len(ids), dtype=torch.float64)
         for row, values in zip(outcome, (local.success, local.length, local.returns, local.failed), strict=True):
