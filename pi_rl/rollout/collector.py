@@ -224,7 +224,7 @@ class RolloutCollector:
         if sample.values is not None:
             record.values[step][:, rows] = sample.values.T.cpu().numpy()
         record.valid[step, rows] = True
-        return self.io.actions(sample.chain.x[:, -1])
+        return self.io.actions(sample.chain.x[:, -1], observation, rows)
 
     def _keep(self, batch: Mapping[str, Any], prefix: Prefix) -> None:
         """Stores what the update needs: the prefix, or the observation where the prefix has to be computed anew."""

@@ -253,7 +253,7 @@ def ode_actions(
         device=prefix.pad_mask.device,
     )
     chunk_actions = model("ode", prefix=prefix, x_init=noise.x_init, denoising_steps=denoising_steps)
-    return io.actions(chunk_actions)
+    return io.actions(chunk_actions, observation, rows)
 
 
 @torch.no_grad()
