@@ -61,7 +61,7 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); copy or download it again.") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], contents: Callable[[str], Tensor] | None = None) -> None:
     """Writes a safetensors file tensor by tensor, byte for byte as `safetensors.torch.save_file` would.
 
     At most one tensor is copied at a time, from its device or where it is not contiguous; tensors that share memory
@@ -70,6 +70,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     Args:
         path: The file.
         tensors: By name, of a type that is in the format.
+        contents: Gives a tensor by its name when it is written; `tensors` may then be on the meta device.
 
     Raises:
         ValueError: If a tensor's type has no name in the format.
@@ -92,7 +93,8 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in order:
             if tensors[name].numel():
-                plain = tensors[name].detach().to("cpu").contiguous()
+                tensor = tensors[name] if contents is None else contents(name)
+                plain = tensor.detach().to("cpu", tensors[name].dtype).contiguous()
                 file.write(plain.reshape(-1).view(torch.uint8).numpy().data)
 
 
