@@ -4,8 +4,8 @@
     python scripts/full_size_checkpoint.py --check runs/full --save
 
 Everything is in bfloat16 on disk (8 GB); one tensor is in memory at a time. The check runs in a fresh process and
-prints JSON: memory is in bytes, `peak` is the process's highest resident set (VmHWM), libraries included, and `file` what of
-the resident set lies in mapped files, which the system may drop at any time.
+prints JSON: memory is in bytes, `peak` is the process's highest resident set (VmHWM), libraries included,
+and `file` what of the resident set lies in mapped files, which the system may drop at any time.
 """
 
 import argparse
