@@ -37,10 +37,9 @@ def write(folder, kind="pi0", **options):
 
 @pytest.fixture(scope="module")
 def relative(tmp_path_factory):
-    return load_policy(
-        write(tmp_path_factory.mktemp("relative") / "p", use_relative_actions=True, relative_exclude_joints=["gripper"],
-              action_feature_names=["x", "y", "gripper"])
-    )  # fmt: skip
+    folder = tmp_path_factory.mktemp("relative") / "p"
+    excluded = {"relative_exclude_joints": ["gripper"], "action_feature_names": ["x", "y", "gripper"]}
+    return load_policy(write(folder, use_relative_actions=True, **excluded))
 
 
 def io_of(loaded, spec=None):
