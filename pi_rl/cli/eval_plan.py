@@ -27,7 +27,8 @@ SIMULATOR_PACKAGES = {
     "toy": (),
 }
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
-_POLICY_FILES = ("config.json", "model.safetensors", "policy_*.json", "policy_*.safetensors", *_TOKENIZER_FILES)
+_WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
+_POLICY_FILES = ("config.json", *_WEIGHT_FILES, "policy_*.json", "policy_*.safetensors", *_TOKENIZER_FILES)
 _INSIDE = ("policy", "pretrained_model", "checkpoints/last/pretrained_model", "sft")
 """Where a training run's folder holds a policy; `checkpoint-N` comes after the first three."""
 

@@ -1,7 +1,7 @@
 """Policies to and from folders in LeRobot's layout, and the value head and noise network beside them.
 
 config.json                      LeRobot configuration with "type"
-model.safetensors                all weights, keys "model.*"
+model.safetensors                all weights, keys "model.*" (openpi's names and shards can be read, too)
 policy_preprocessor.json, policy_postprocessor.json and their *.safetensors
 tokenizer.json, tokenizer_config.json, …     only when the policy carries its own tokenizer
 critic.safetensors, noise_network.safetensors     for continued RL; LeRobot ignores them
@@ -30,18 +30,19 @@ from torch import Tensor, nn
 from pi_rl.policies.actor_critic import FlowActorCritic
 from pi_rl.policies.flow_policy import check_compatibility as check_compatibility
 from pi_rl.policies.lora import VLM_PREFIX, has_lora, merged_state_dict, read_adapter, save_adapter
+from pi_rl.policies.weight_files import INDEX_FILE, WEIGHTS_FILE, shards_of
 from pi_rl.policies.weights import (
     build_with_weights,
     check_tensors,
     flush_to_disk,
     load_weights,
+    read_policy_tensors,
     read_tensors,
     write_tensors,
 )
 from pi_rl.policies.wrap import supported_config_types
 
 CONFIG_FILE = "config.json"
-WEIGHTS_FILE = "model.safetensors"
 PREPROCESSOR_FILE = "policy_preprocessor.json"
 POSTPROCESSOR_FILE = "policy_postprocessor.json"
 CRITIC_FILE = "critic.safetensors"
@@ -89,8 +90,9 @@ def load_policy(
     """Loads a flow policy, strictly: it has the file's weights or there is an error.
 
     Args:
-        path_or_hub_id: Folder in LeRobot's layout, or a Hub id "user/name".
-        device: Device of the policy and of the preprocessor's output.
+        path_or_hub_id: Folder in LeRobot's layout, or a Hub id "user/name"; the weights may have openpi's names and be
+            sharded.
+        device: Device of the policy and of the preprocessor's output; unused language heads stay on the CPU.
         revision: Hub commit, branch or tag; only for Hub ids.
         n_action_steps: Executed steps C; None keeps the stored value.
         denoising_steps: Deployment denoising steps K; None keeps the stored value.
@@ -103,9 +105,8 @@ def load_policy(
     config = _read_config(folder)
     override_steps(config, n_action_steps, denoising_steps)
     config.device = None  # LeRobot's constructors then leave the (empty) weights where they are
-    policy = build_with_weights(lambda: get_policy_class(config.type)(config), folder / WEIGHTS_FILE)
+    policy = build_with_weights(lambda: get_policy_class(config.type)(config), folder, device)
     config.device = str(device)
-    policy.to(device)
     policy.eval()
     preprocessor, postprocessor = _read_processors(folder, config)
     return LoadedPolicy(policy=policy, preprocessor=preprocessor, postprocessor=postprocessor, path=folder)
@@ -139,15 +140,13 @@ def load_policy_weights(
     if live:
         _load_adapted_weights(policy, folder, policy.state_dict() if state_dict is None else state_dict)
     else:
-        load_weights(policy, folder / WEIGHTS_FILE)
+        load_weights(policy, folder)
 
 
 def _load_adapted_weights(policy: PreTrainedPolicy, folder: Path, live: Mapping[str, Tensor]) -> None:
-    path = folder / WEIGHTS_FILE
-    tensors = read_tensors(path, "policy weights")
     adapters = read_adapter(folder / ADAPTER_FOLDER, policy)
     merged = merged_state_dict(policy, {**live, **adapters})
-    check_tensors(tensors, merged, str(path))
+    tensors = read_policy_tensors(folder, merged)
     vlm = [name for name in merged if name.startswith(VLM_PREFIX)]
     other = [name for name in vlm if not _same(tensors[name], merged[name].cpu(), rounded=name not in live)]
     if other:
@@ -225,7 +224,18 @@ def save_policy(
         write_tensors(temporary / WEIGHTS_FILE, weights)
     if not adapted:
         shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)  # of a policy that was there before
+    _remove_shards(folder)
     return folder
+
+
+def _remove_shards(folder: Path) -> None:
+    """Removes the sharded weights of a policy that was there before; one file holds the new ones."""
+    index = folder / INDEX_FILE
+    if index.is_file():
+        files = set(shards_of(index).values()) - {WEIGHTS_FILE}
+        index.unlink()
+        for name in files:
+            (folder / name).unlink(missing_ok=True)
 
 
 def set_tokenizer_name(folder: str | Path, name: str) -> None:

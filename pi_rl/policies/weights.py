@@ -1,23 +1,46 @@
 """Reading and writing the tensors of a policy folder, with every mismatch reported and none ignored.
 
 LeRobot's own `from_pretrained` prints a warning and returns random weights when a file is missing or does not fit.
+Neither direction holds the weights twice: files are mapped or go to their device tensor by tensor, and are written so.
 """
 
+import json
+import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from accelerate import init_empty_weights
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-_LISTED = 5
-_ROOT = "model."
-_EMBEDDING = "model.paligemma_with_expert.paligemma.model.language_model.embed_tokens.weight"
-_VLM_HEAD = "model.paligemma_with_expert.paligemma.lm_head.weight"
-_EXPERT_HEAD = "model.paligemma_with_expert.gemma_expert.lm_head.weight"
+from pi_rl.policies.weight_files import EXPERT_HEAD, UNUSED_HEADS, StoredWeights, some_of, stored_weights
+
+logger = logging.getLogger(__name__)
+
+_DTYPES = {  # in the order in which safetensors lays tensors out
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+
+
+class Shaped(Protocol):
+    """Anything with a shape: a tensor, or one that lies in a file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Sizes."""
 
 
 def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
@@ -38,19 +61,44 @@ def read_tensors(path: Path, what: str) -> dict[str, Tensor]:
         raise ValueError(f"{path} is not a readable safetensors file ({error}); copy or download it again.") from error
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes tensors to a safetensors file; tensors that share memory are written in full."""
-    seen: set[int] = set()
-    owned = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().cpu().contiguous()
-        address = tensor.untyped_storage().data_ptr()
-        owned[name] = tensor.clone() if address in seen else tensor
-        seen.add(address)
-    save_file(owned, path, metadata={"format": "pt"})
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], contents: Callable[[str], Tensor] | None = None) -> None:
+    """Writes a safetensors file tensor by tensor, byte for byte as `safetensors.torch.save_file` would.
+
+    At most one tensor is copied at a time, from its device or where it is not contiguous; tensors that share memory
+    are written in full. The file is opened anew: give a temporary name and rename it where one of that name is mapped.
+
+    Args:
+        path: The file.
+        tensors: By name, of a type that is in the format.
+        contents: Gives a tensor by its name when it is written; `tensors` may then be on the meta device.
+
+    Raises:
+        ValueError: If a tensor's type has no name in the format.
+    """
+    other = sorted({str(tensor.dtype) for tensor in tensors.values()} - set(map(str, _DTYPES)))
+    if other:
+        raise ValueError(f"{path.name} cannot hold tensors of type {', '.join(other)}; convert them to float32.")
+    rank = {dtype: position for position, dtype in enumerate(_DTYPES)}
+    order = sorted(tensors, key=lambda name: (rank[tensors[name].dtype], name))
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name in order:
+        tensor = tensors[name]
+        end = start + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in order:
+            if tensors[name].numel():
+                tensor = tensors[name] if contents is None else contents(name)
+                plain = tensor.detach().to("cpu", tensors[name].dtype).contiguous()
+                file.write(plain.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def check_tensors(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+def check_tensors(given: Mapping[str, Shaped], expected: Mapping[str, Tensor], source: str) -> None:
     """Compares names and shapes.
 
     Raises:
@@ -62,7 +110,7 @@ def check_tensors(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], s
         "wrong shape": [
             f"{name} {tuple(given[name].shape)} instead of {tuple(expected[name].shape)}"
             for name in sorted(set(expected) & set(given))
-            if given[name].shape != expected[name].shape
+            if tuple(given[name].shape) != tuple(expected[name].shape)
         ],
     }
     if not any(problems.values()):
@@ -70,70 +118,85 @@ def check_tensors(given: Mapping[str, Tensor], expected: Mapping[str, Tensor], s
     lines = [f"{source} does not fit the model; nothing was loaded."]
     for problem, names in problems.items():
         if names:
-            more = f", … and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-            lines.append(f"  {len(names)} {problem}: {', '.join(names[:_LISTED])}{more}")
+            lines.append(f"  {len(names)} {problem}: {some_of(names)}")
     lines.append("Check that config.json and the weights belong together.")
     raise ValueError("\n".join(lines))
 
 
-def canonical_policy_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Maps the conventions of LeRobot and openpi files to LeRobot's full set of names.
+def build_with_weights(build: Callable[[], nn.Module], folder: Path, device: torch.device | str = "cpu") -> nn.Module:
+    """Builds a policy without allocating or drawing weights, then gives it those of a folder.
 
-    openpi keys lack the "model." prefix. Language embedding and language head are one tensor in PaliGemma, and
-    files may hold either. Neither head is used by π0 or π0.5; an expert head that is absent becomes zeros.
-
-    Args:
-        tensors: The file's tensors.
-        expected: The model's state dict, shapes only.
-    """
-    known = {name for name in tensors if name in expected or name.startswith(_ROOT)}
-    named = {name if name in known else _ROOT + name: tensor for name, tensor in tensors.items()}
-    for name, twin in ((_EMBEDDING, _VLM_HEAD), (_VLM_HEAD, _EMBEDDING)):
-        if name in expected and name not in named and twin in named:
-            named[name] = named[twin]
-    if _EXPERT_HEAD in expected and _EXPERT_HEAD not in named:
-        like = expected[_EXPERT_HEAD]
-        named[_EXPERT_HEAD] = torch.zeros(like.shape, dtype=like.dtype)
-    return named
-
-
-def build_with_weights(build: Callable[[], nn.Module], path: Path) -> nn.Module:
-    """Builds a policy without allocating or drawing weights, then gives it those of a file.
+    On the CPU, weights of the type that the model wants are views of the mapped files; what is written to them is
+    private to this process. On another device each tensor goes there directly. The two language heads that π0 and π0.5
+    never use stay mapped on the CPU in either case.
 
     Args:
         build: Constructs the policy; must leave it on the device it is built on.
-        path: The safetensors file.
+        folder: The policy folder.
+        device: Where weights and buffers go.
+
+    Returns:
+        The policy.
 
     Raises:
-        ValueError: If the file is missing, damaged or does not fit.
+        ValueError: If files are missing, damaged or do not fit; no tensor has been read then.
     """
-    tensors = read_tensors(path, "policy weights")
+    stored = stored_weights(folder)
     with init_empty_weights(include_buffers=False):
         policy = build()
     expected = policy.state_dict()
-    tensors = canonical_policy_tensors(tensors, expected)
-    check_tensors(tensors, expected, str(path))
-    owned = {name: tensor.to(expected[name].dtype) for name, tensor in tensors.items()}
-    if _VLM_HEAD in owned and owned[_VLM_HEAD].data_ptr() == owned[_EMBEDDING].data_ptr():
-        owned[_VLM_HEAD] = owned[_VLM_HEAD].clone()  # the model keeps two tensors; sharing one would train both
-    policy.load_state_dict(owned, strict=True, assign=True)
+    _check(stored, expected)
+    used = [name for name in stored.tensors if name not in UNUSED_HEADS]
+    weights: dict[str, Tensor] = {}
+    for name, tensor in stored.read(used, device):
+        weights[name] = tensor.to(expected[name].dtype)
+    for head in UNUSED_HEADS:  # each from a mapping of its own: a head may be the embedding's tensor in the file
+        if head in stored.tensors:
+            weights |= {name: tensor.to(expected[name].dtype) for name, tensor in stored.read([head])}
+    if EXPERT_HEAD in expected and EXPERT_HEAD not in weights:
+        weights[EXPERT_HEAD] = torch.zeros(expected[EXPERT_HEAD].shape, dtype=expected[EXPERT_HEAD].dtype)
+    policy.load_state_dict(weights, strict=True, assign=True)
+    for module in policy.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
     return policy
 
 
-def load_weights(policy: nn.Module, path: Path) -> None:
-    """Copies a file's weights into an existing policy, strictly, in place.
+def load_weights(policy: nn.Module, folder: Path) -> None:
+    """Copies a folder's weights into an existing policy, strictly, in place.
 
     Args:
         policy: LeRobot policy.
-        path: The safetensors file.
+        folder: The policy folder.
 
     Raises:
-        ValueError: If the file is missing, damaged or does not fit; the policy is unchanged then.
+        ValueError: If files are missing, damaged or do not fit; the policy is unchanged then.
     """
-    expected = policy.state_dict()
-    tensors = canonical_policy_tensors(read_tensors(path, "policy weights"), expected)
-    check_tensors(tensors, expected, str(path))
-    policy.load_state_dict(tensors, strict=True)
+    stored = stored_weights(folder)
+    _check(stored, policy.state_dict())
+    for part in stored.groups():
+        policy.load_state_dict(dict(stored.read(part)), strict=False)
+
+
+def read_policy_tensors(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A folder's weights on the CPU by LeRobot's names, mapped, after a strict check.
+
+    Raises:
+        ValueError: If files are missing, damaged or do not fit.
+    """
+    stored = stored_weights(folder)
+    _check(stored, expected)
+    return dict(stored.read(stored.tensors))
+
+
+def _check(stored: StoredWeights, expected: Mapping[str, Tensor]) -> None:
+    optional = {EXPERT_HEAD} - set(stored.tensors)  # unused, and openpi has none: zeros stand for it
+    check_tensors(stored.tensors, {n: t for n, t in expected.items() if n not in optional}, str(stored.source))
+    if stored.set_aside:
+        logger.warning(
+            f"{stored.source} also holds {len(stored.set_aside)} tensors of another trainer's heads, which are not "
+            f"used: {some_of(stored.set_aside)}. A critic or noise network starts anew."
+        )
 
 
 def flush_to_disk(path: Path) -> None:

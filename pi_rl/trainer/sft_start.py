@@ -102,6 +102,8 @@ def start_config(folder: Path, features: Mapping[str, Mapping[str, Any]], settin
     config.push_to_hub = False
     if settings.state_in_prompt is not None and not isinstance(config, PI05Config):
         raise ValueError("state_in_prompt is for π0.5; π0 gives its state to the action expert.")
+    if settings.state_in_prompt is not None and hasattr(config, "state_in_prompt"):
+        config.state_in_prompt = settings.state_in_prompt  # of small policies, which make their processors from it
     return config
 
 

@@ -140,7 +140,7 @@ def deliver_to(loaded: LoadedPolicy, device: torch.device) -> None:
             step.__post_init__()
 
 
-def shardingsharding_units(model: nn.Module) -> list[nn.Module]:
+def sharding_units(model: nn.Module) -> list[nn.Module]:
     """The modules whose weights are gathered together: layers and embeddings. The rest is one unit more."""
     return [part for part in model.modules() if any(parent.__name__ in UNITS for parent in type(part).__mro__)]
 

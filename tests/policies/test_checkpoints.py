@@ -125,7 +125,7 @@ OUTPUT = "model.action_out_proj.weight"
         (drop(OUTPUT), f"1 missing: {OUTPUT}"),
         (
             lambda tensors: tensors.update({"value_head.weight": torch.zeros(1)}),
-            "1 unexpected: model.value_head.weight",
+            "1 unexpected: value_head.weight",
         ),
         (
             lambda tensors: tensors.update({OUTPUT: torch.zeros(2, 3)}),

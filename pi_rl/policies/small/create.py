@@ -52,7 +52,7 @@ def create_small_policy(
         output_dir: Folder to write.
         seed: Seed of the weights.
         dataset_stats: Normalisation statistics by feature key; None leaves state and actions as they are.
-        **sizes: Further fields of the configuration, for instance those of `SmallSizes`.
+        **sizes: Further fields of the configuration, for instance those of `SmallSizes`, or π0.5's `state_in_prompt`.
 
     Returns:
         `output_dir` as an absolute path.
@@ -64,9 +64,12 @@ def create_small_policy(
         raise ValueError(f"kind={kind!r} is unknown; use one of {KINDS}.")
     if not cameras or not instructions:
         raise ValueError("A small policy needs at least one camera and one instruction.")
+    if kind == "pi0" and "state_in_prompt" in sizes:
+        raise ValueError("state_in_prompt is for π0.5; π0 gives its state to the action expert. Leave it out.")
     vocab_size = sizes.pop("vocab_size", 512)
-    tokenizer = train_tokenizer(training_texts(kind, instructions), vocab_size)
-    longest = longest_prompt(tokenizer, kind, instructions, state_dim)
+    state_in_prompt = kind == "pi05" and sizes.get("state_in_prompt", True)
+    tokenizer = train_tokenizer(training_texts(instructions, state_in_prompt), vocab_size)
+    longest = longest_prompt(tokenizer, instructions, state_dim if state_in_prompt else 0)
     config = make_policy_config(
         f"{kind}_small",
         **{

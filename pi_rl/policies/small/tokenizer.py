@@ -10,14 +10,14 @@ MIN_VOCAB_SIZE = 4 + 256  # special tokens and bytes
 _STATE_BINS = range(-1, 256)  # π0.5 writes the state as bin numbers; -1 is below the range
 
 
-def prompt_texts(kind: str, instructions: Sequence[str]) -> list[str]:
-    """The prompts that LeRobot's processors make of instructions, without π0.5's state numbers.
+def prompt_texts(instructions: Sequence[str], state_in_prompt: bool) -> list[str]:
+    """The prompts that LeRobot's processors make of instructions, without the numbers of a state.
 
     Args:
-        kind: "pi0" or "pi05".
         instructions: Task instructions.
+        state_in_prompt: Whether the prompts have a place for a state, as π0.5's may.
     """
-    if kind == "pi0":
+    if not state_in_prompt:
         return [f"{text}\n" for text in instructions]
     return [f"Task: {text.strip().replace('_', ' ')}, State:;\nAction: " for text in instructions]
 
@@ -62,17 +62,17 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     )
 
 
-def training_texts(kind: str, instructions: Sequence[str]) -> list[str]:
-    """Prompts, and for π0.5 the numbers that can appear in them."""
-    texts = prompt_texts(kind, instructions)
-    return texts if kind == "pi0" else texts + [f" {number}" for number in _STATE_BINS]
+def training_texts(instructions: Sequence[str], state_in_prompt: bool) -> list[str]:
+    """Prompts, and the numbers that can appear in them where they have a state."""
+    texts = prompt_texts(instructions, state_in_prompt)
+    return texts + [f" {number}" for number in _STATE_BINS] if state_in_prompt else texts
 
 
-def longest_prompt(tokenizer: PreTrainedTokenizerFast, kind: str, instructions: Sequence[str], state_dim: int) -> int:
-    """Upper bound of a prompt's token count, <bos> and π0.5's state numbers included."""
-    longest = max(len(tokenizer(text)["input_ids"]) for text in prompt_texts(kind, instructions))
-    if kind == "pi0":
+def longest_prompt(tokenizer: PreTrainedTokenizerFast, instructions: Sequence[str], numbers: int) -> int:
+    """Upper bound of a prompt's token count, <bos> and the numbers of the state in it (none: 0) included."""
+    longest = max(len(ids) for ids in tokenizer(prompt_texts(instructions, numbers > 0))["input_ids"])
+    if not numbers:
         return longest
     # words are tokenised on their own, so the parts add up; each number also carries its leading space and <bos>
     number = max(len(tokenizer(f" {value}")["input_ids"]) - 1 for value in _STATE_BINS)
-    return longest + state_dim * number
+    return longest + numbers * number
