@@ -173,11 +173,15 @@ class _Session:
         return self.model, self.env, self.io
 
     def _load(self) -> None:
+        import torch
+
         from pi_rl.flow.sampler import FlowSampler
         from pi_rl.policies.actor_critic import FlowActorCritic
+        from pi_rl.policies.attention import default_attention
         from pi_rl.policies.checkpoints import check_compatibility, load_policy
+        from pi_rl.policies.pi import PiFlowPolicy
         from pi_rl.policies.wrap import wrap_policy
-        from pi_rl.rollout.policy_io import PolicyIO
+        from pi_rl.rollout.policy_io import PolicyIO, fit_prompt
 
         plan, args = self.evaluation, self.evaluation.args
         self.loaded = load_policy(
@@ -188,6 +192,10 @@ class _Session:
         )
         policy = wrap_policy(self.loaded.policy)
         check_compatibility(policy, plan.spec)
+        if isinstance(policy, PiFlowPolicy):
+            policy.attention = default_attention(torch.device(plan.device))
+            policy.park_language_heads()
+        fit_prompt(policy, self.loaded.preprocessor, plan.spec)
         sampler = FlowSampler.ode(self.loaded.policy.config.num_inference_steps)
         self.model = FlowActorCritic(policy, None, None, sampler).eval()
         self.env = self.stack.enter_context(make_env(args.env, plan.num_envs, args.env_workers, **plan.env_options))

@@ -7,7 +7,9 @@ from typing import Any
 import numpy as np
 
 from pi_rl.hub.videos import side_by_side, write_video
+from pi_rl.policies.actor_critic import FlowActorCritic
 from pi_rl.rollout.evaluator import record_episode
+from pi_rl.rollout.policy_io import fit_prompt
 from pi_rl.trainer.build import build_actor_critic, load_model
 from pi_rl.trainer.sharding import is_sharded
 
@@ -67,9 +69,12 @@ def film_before_after(
 
 def _before_and_after(trainer: Any, sft_path: str | Path, trained_path: str | Path) -> Iterator[Any]:
     """One model after the other; the trainer's own only where this process has all of it."""
-    args = trainer.args
-    yield build_actor_critic(load_model(sft_path, args, None), args).to(args.device)
-    if is_sharded(trainer.actor_critic):
-        yield build_actor_critic(load_model(trained_path, args, None), args).to(args.device)
-    else:
-        yield trainer.actor_critic
+    yield _load(trainer, sft_path)
+    yield _load(trainer, trained_path) if is_sharded(trainer.actor_critic) else trainer.actor_critic
+
+
+def _load(trainer: Any, path: str | Path) -> FlowActorCritic:
+    loaded = load_model(path, trainer.args, None)
+    model = build_actor_critic(loaded, trainer.args)
+    fit_prompt(model.policy, loaded.preprocessor, trainer.env.spec)
+    return model.to(trainer.args.device)

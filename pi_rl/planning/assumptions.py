@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from pi_rl.policies.storage_budget import HOST_SHARE
+
 
 def _assumed(default: float, unit: str, source: str) -> Any:
     return field(default=default, metadata={"unit": unit, "source": source})
@@ -31,7 +33,7 @@ class Assumptions:
     context_gb: float = _assumed(0.8, "GB", "CUDA context and cuBLAS workspace on a card; a usual value")
     fragmentation: float = _assumed(0.05, "", "memory that the caching allocator holds unused; a guess")
     process_gb: float = _assumed(3.0, "GB", "a Python process with torch, CUDA libraries and LeRobot; a usual value")
-    host_share: float = _assumed(0.8, "", "part of the free host memory that a prefix store may take")
+    host_share: float = _assumed(1 - HOST_SHARE, "", "part of the free host memory that a prefix store may take")
 
     def changed(self, values: Mapping[str, Any]) -> "Assumptions":
         """The same with some values replaced.

@@ -5,6 +5,7 @@ from typing import Any
 
 from pi_rl.planning.assumptions import Assumptions
 from pi_rl.planning.phases import Phases
+from pi_rl.policies.storage_budget import DEVICE_SHARE, DISK_SHARE
 from pi_rl.trainer.flow_config import FlowConfig
 
 GB = 1e9
@@ -124,9 +125,15 @@ def plan_memory(
     host = _host(phases, machine, assumptions, simulators)
     store = chunks * (phases.observation_row if live else phases.prefix_row)
     tier = LIVE if live else args.prefix_storage
-    free = machine.device_memory - device.reserved
+    free = min(
+        machine.device_memory - device.reserved,
+        (1 - DEVICE_SHARE) * machine.device_memory
+        - sum(device.weights.values())
+        - device.gradients
+        - device.optimizer,
+    )
     host_free = (machine.host_memory - sum(host.values())) * assumptions.host_share
-    automatic = LIVE if live else choose_tier(store, free, host_free, machine.disk)
+    automatic = LIVE if live else choose_tier(store, free, host_free, (1 - DISK_SHARE) * machine.disk)
     tier = automatic if tier == "auto" else tier
     if tier == "device":
         device.store = store

@@ -49,6 +49,11 @@ def folded_attention(
     return output.view(samples, tokens, heads, size), None
 
 
+def default_attention(device: torch.device, *, bf16: bool = False) -> str:
+    """Fused kernels on a GPU and in bfloat16; else eager, whose results on a CPU are those of earlier versions."""
+    return "sdpa" if device.type == "cuda" or bf16 else "eager"
+
+
 def fold_mask(visible: Tensor, heads: int, dtype: torch.dtype) -> Tensor:
     """The additive mask of `folded_attention`.
 

@@ -275,7 +275,7 @@ def _ode_pass(
 ) -> np.ndarray:
     """One pass of the network; arguments as for `ode_actions`."""
     policy = model.policy
-    prefix = model("encode", batch=io.batch(observation, rows))
+    prefix = model("encode", batch=io.batch(observation, rows), pooled=False)
     noise = chunk_noise(
         (seed, EVAL_STREAM),
         reset_ids,

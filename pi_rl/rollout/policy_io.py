@@ -20,6 +20,8 @@ from lerobot.utils.constants import OBS_STATE
 from torch import Tensor
 
 from pi_rl.envs.vector_env import STATE_KEY, TASK_KEY, EnvSpec, Observation
+from pi_rl.policies.flow_policy import FlowPolicy
+from pi_rl.policies.pi import PiFlowPolicy
 
 _STATE_BINS = 256  # of π0.5's prompt: bin b holds normalised states from -1 + b/128 on, bin -1 what is below
 
@@ -117,6 +119,15 @@ def observation_tensors(
 
 def _state(observation: Observation, rows: Sequence[int] | np.ndarray) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(observation[OBS_STATE][np.asarray(rows)]))
+
+
+def fit_prompt(policy: FlowPolicy, preprocessor: PolicyProcessorPipeline, spec: EnvSpec) -> None:
+    """Has a policy encode no more language tokens than the environment's longest prompt takes.
+
+    The number is the same for all observations of a run, so that every pass of the network has the same shape.
+    """
+    if isinstance(policy, PiFlowPolicy):
+        policy.language_tokens = longest_prompt_tokens(preprocessor, spec)
 
 
 def longest_prompt_tokens(preprocessor: PolicyProcessorPipeline, spec: EnvSpec) -> int:

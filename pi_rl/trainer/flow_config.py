@@ -11,7 +11,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from pi_rl.arguments import option
 from pi_rl.flow.sampler import FlowSampler
-from pi_rl.policies.attention import ATTENTION_IMPLEMENTATIONS
+from pi_rl.policies.attention import ATTENTION_IMPLEMENTATIONS, default_attention
 from pi_rl.policies.execution import Execution
 from pi_rl.policies.input_storage import STORAGES
 from pi_rl.rollout.stages import check_stages
@@ -228,8 +228,7 @@ class FlowConfig(TrainingArguments):
 
     def attention(self) -> str:
         """The attention kernels of VLM and action expert."""
-        fused = self.device.type == "cuda" or self.bf16
-        return self.attn_implementation or ("sdpa" if fused else "eager")
+        return self.attn_implementation or default_attention(self.device, bf16=self.bf16)
 
     def execution(self, prefix_is_live: bool) -> Execution:
         """Numeric type of the network's passes, and their rows where rounding depends on them.

@@ -30,7 +30,7 @@ from pi_rl.rl.buffer import Minibatch, RolloutBuffer, minibatch_permutations
 from pi_rl.rl.losses import clipped_surrogate
 from pi_rl.rollout.collector import RolloutCollector, warn_about_short_rollouts
 from pi_rl.rollout.evaluator import EpisodeResults, evaluate_policy, evaluation_ids
-from pi_rl.rollout.policy_io import PolicyIO
+from pi_rl.rollout.policy_io import PolicyIO, fit_prompt
 from pi_rl.rollout.randomness import shuffle_seed
 from pi_rl.rollout.rollout import Rollout
 from pi_rl.rollout.zero_success import warn_about_zero_success
@@ -202,6 +202,7 @@ class FlowTrainer(CheckpointedTrainer):
         check_compatibility(policy, self.env.spec)
         if self.args.eval_episodes:
             evaluation_ids(self.env.spec, self.args.eval_episodes)
+        fit_prompt(policy, loaded.preprocessor, self.env.spec)
         self.io = PolicyIO(loaded.preprocessor, loaded.postprocessor, self.env.spec, policy.n_action_steps)
         if self.args.process_index == 0 and not self.args.dry_run:
             warn_about_short_rollouts(self.args.rollout_chunks, policy.n_action_steps, self.env.spec.max_episode_steps)
