@@ -23,6 +23,7 @@ from pi_rl.envs.vector_env import STATE_KEY, TASK_KEY, EnvSpec, Observation
 from pi_rl.policies.flow_policy import FlowPolicy
 from pi_rl.policies.pi import PiFlowPolicy
 
+_TOKEN_MULTIPLE = 8  # rows of keys and masks then lie where fused kernels want them
 _STATE_BINS = 256  # of π0.5's prompt: bin b holds normalised states from -1 + b/128 on, bin -1 what is below
 
 
@@ -122,12 +123,13 @@ def _state(observation: Observation, rows: Sequence[int] | np.ndarray) -> Tensor
 
 
 def fit_prompt(policy: FlowPolicy, preprocessor: PolicyProcessorPipeline, spec: EnvSpec) -> None:
-    """Has a policy encode no more language tokens than the environment's longest prompt takes.
+    """Has a policy encode no more language tokens than the environment's longest prompt takes, in blocks of eight.
 
     The number is the same for all observations of a run, so that every pass of the network has the same shape.
     """
     if isinstance(policy, PiFlowPolicy):
-        policy.language_tokens = longest_prompt_tokens(preprocessor, spec)
+        rounded = -(-longest_prompt_tokens(preprocessor, spec) // _TOKEN_MULTIPLE) * _TOKEN_MULTIPLE
+        policy.language_tokens = min(rounded, policy.policy.config.tokenizer_max_length)
 
 
 def longest_prompt_tokens(preprocessor: PolicyProcessorPipeline, spec: EnvSpec) -> int:
