@@ -77,7 +77,9 @@ class StoredWeights:
         for name in names:
             by_file.setdefault(self.tensors[name].file, []).append(name)
         for file, listed in by_file.items():
-            with safe_open(file, framework="pt", device=str(device)) as handle:
+            # safetensors knows "cpu", not the "cpu:0" that processes on CPUs are given
+            place = "cpu" if torch.device(device).type == "cpu" else str(device)
+            with safe_open(file, framework="pt", device=place) as handle:
                 for name in listed:
                     yield name, handle.get_tensor(self.tensors[name].name)
 

@@ -76,7 +76,10 @@ def test_a_device_holds_what_the_phases_need():
     assert device.peak == device.peaks["update"]
     assert device.reserved == pytest.approx(device.peak * 1.05 + 0.8 * GB)
     assert plan.fits
-    assert not planned(machine(device_memory=18 * GB)).fits
+    smaller = planned(machine(device_memory=18 * GB))  # a quarter of the device is left free
+    assert smaller.tier == "host"
+    assert smaller.fits
+    assert not planned(machine(device_memory=14 * GB)).fits
 
 
 def test_a_live_prefix_stores_observations():
