@@ -28,6 +28,7 @@ from pi_rl.envs.registry import check_name_and_options, make_env
 from pi_rl.envs.workers import available_cores
 from pi_rl.policies.checkpoints import load_policy
 from pi_rl.policies.critic import ValueHead
+from pi_rl.policies.execution import Execution
 from pi_rl.policies.small.create import create_small_policy
 from pi_rl.rollout.collector import RolloutCollector
 from pi_rl.rollout.policy_io import PolicyIO
@@ -46,10 +47,17 @@ class Setting:
         chunks: T.
         inference_ms: Sleep in each pass of the denoising loop, which stands for a network on another device.
         folder: For the untrained policy.
+        **execution: How the network is run: attn_implementation, torch_compile.
     """
 
     def __init__(
-        self, config: Mapping[str, Any], env_options: dict[str, Any], chunks: int, inference_ms: float, folder: Path
+        self,
+        config: Mapping[str, Any],
+        env_options: dict[str, Any],
+        chunks: int,
+        inference_ms: float,
+        folder: Path,
+        **execution: Any,
     ):
         self.config, self.env_options, self.chunks, self.inference_ms = config, env_options, chunks, inference_ms
         spec = check_name_and_options(config["env"], env_options)
@@ -71,10 +79,11 @@ class Setting:
         names = ("noise_level", "noise_std_min", "noise_std_max", "denoising_steps")
         args = FlowPPOConfig(
             output_dir=str(folder), use_cpu=True, num_envs=1, rollout_chunks=1, per_device_train_batch_size=1,
-            **{name: config[name] for name in names},
+            **{name: config[name] for name in names}, **execution,
         )  # fmt: skip
         sizes = config["critic_hidden_sizes"]
         self.model = build_actor_critic(loaded, args, make_critic=lambda policy: ValueHead(policy, sizes))
+        self.model.execution = Execution()  # as many rows as there are
         self.io = PolicyIO(loaded.preprocessor, loaded.postprocessor, spec, config["chunk_size"])
         self.seconds: dict[str, float] = {}
         self._forward = self.model.forward
@@ -195,6 +204,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, help="chunks per environment; default: the recipe's rollout_chunks")
     parser.add_argument("--cores", type=int, default=available_cores(), help="workers of each stage")
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--attention", choices=("eager", "sdpa"), help="attn_implementation; default: as in a run")
+    parser.add_argument("--torch_compile", action="store_true", help="compile the action expert's pass")
     parser.add_argument("--inference_ms", type=float, default=0.0, help="sleep in each pass of the denoising loop")
     parser.add_argument("--scaling", type=int, nargs="+", default=[], metavar="N", help="numbers of environments")
     parser.add_argument("--plot", type=Path, default=PLOT, help="where the plot of --scaling goes")
@@ -209,12 +220,13 @@ def main() -> None:
     options = {} if arguments.standard else config["env_options"]
     chunks = arguments.chunks or config["rollout_chunks"]
     with tempfile.TemporaryDirectory() as folder:
-        setting = Setting(config, options, chunks, arguments.inference_ms, Path(folder))
+        execution = {"attn_implementation": arguments.attention, "torch_compile": arguments.torch_compile}
+        setting = Setting(config, options, chunks, arguments.inference_ms, Path(folder), **execution)
         counts = arguments.scaling or [arguments.num_envs or config["num_envs"]]
         rows = [compare(setting, count, arguments.cores, arguments.repetitions) for count in counts]
     report = {
         "env": config["env"], "env_options": options, "chunks": chunks, "cores": arguments.cores,
-        "inference_ms": arguments.inference_ms, "repetitions": arguments.repetitions, "rollouts": rows,
+        "inference_ms": arguments.inference_ms, **execution, "repetitions": arguments.repetitions, "rollouts": rows,
     }  # fmt: skip
     if arguments.scaling:
         plot(rows, arguments.plot)
