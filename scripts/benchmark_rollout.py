@@ -204,6 +204,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--chunks", type=int, help="chunks per environment; default: the recipe's rollout_chunks")
     parser.add_argument("--cores", type=int, default=available_cores(), help="workers of each stage")
     parser.add_argument("--repetitions", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1, help="of the network; simulators use the cores, too")
     parser.add_argument("--attention", choices=("eager", "sdpa"), help="attn_implementation; default: as in a run")
     parser.add_argument("--torch_compile", action="store_true", help="compile the action expert's pass")
     parser.add_argument("--inference_ms", type=float, default=0.0, help="sleep in each pass of the denoising loop")
@@ -215,7 +216,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    torch.set_num_threads(1)  # the other cores simulate
+    torch.set_num_threads(arguments.threads)
     config = yaml.safe_load(arguments.config.read_text())
     options = {} if arguments.standard else config["env_options"]
     chunks = arguments.chunks or config["rollout_chunks"]
@@ -225,9 +226,16 @@ def main() -> None:
         counts = arguments.scaling or [arguments.num_envs or config["num_envs"]]
         rows = [compare(setting, count, arguments.cores, arguments.repetitions) for count in counts]
     report = {
-        "env": config["env"], "env_options": options, "chunks": chunks, "cores": arguments.cores,
-        "inference_ms": arguments.inference_ms, **execution, "repetitions": arguments.repetitions, "rollouts": rows,
-    }  # fmt: skip
+        "env": config["env"],
+        "env_options": options,
+        "chunks": chunks,
+        "cores": arguments.cores,
+        "threads": arguments.threads,
+        "inference_ms": arguments.inference_ms,
+        **execution,
+        "repetitions": arguments.repetitions,
+        "rollouts": rows,
+    }
     if arguments.scaling:
         plot(rows, arguments.plot)
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
