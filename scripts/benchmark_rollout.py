@@ -183,15 +183,20 @@ def compare(setting: Setting, num_envs: int, cores: int, repetitions: int) -> di
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Seconds of a rollout by the number of environments."""
+    """Processor seconds of a rollout by the number of environments, which other programs change least."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5, 3.2), layout="constrained")
     axes = figure.subplots()
+    counts = np.asarray([row["num_envs"] for row in rows])
     for name in ("simulators", "one_stage", "two_stages"):
-        axes.plot([row["num_envs"] for row in rows], [row[name]["wall_s"] for row in rows], "o-", label=name)
-    axes.set(xlabel="environments", ylabel="seconds per rollout", xlim=(0, None), ylim=(0, None))
-    axes.legend()
+        seconds = np.asarray([row[name]["policy_cpu_s"] + row[name]["simulator_cpu_s"] for row in rows])
+        line = np.poly1d(np.polyfit(counts, seconds, 1))
+        determination = 1 - np.square(seconds - line(counts)).sum() / np.square(seconds - seconds.mean()).sum()
+        (points,) = axes.plot(counts, seconds, "o", label=f"{name}, R² = {determination:.4f}")
+        axes.plot(counts, line(counts), color=points.get_color(), alpha=0.4)
+    axes.set(xlabel="environments", ylabel="processor seconds per rollout", xlim=(0, None), ylim=(0, None))
+    axes.legend(frameon=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
 
