@@ -23,6 +23,7 @@ seconds are the policy's.
 import argparse
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -47,7 +48,7 @@ from pi_rl.policies.checkpoints import load_policy
 from pi_rl.policies.critic import ValueHead
 from pi_rl.policies.lora import vlm_lora_config
 from pi_rl.policies.small.create import create_small_policy
-from pi_rl.rollout.policy_io import PolicyIO
+from pi_rl.rollout.policy_io import PolicyIO, fit_prompt
 from pi_rl.trainer.build import build_actor_critic
 
 ROOT = Path(__file__).parents[1]
@@ -158,6 +159,7 @@ class Bench:
         self.model.to(self.device).eval()
         self.env = SyntheticEnv(32)
         self.io = PolicyIO(loaded.preprocessor, loaded.postprocessor, self.env.spec, EXECUTED)
+        fit_prompt(self.model.policy, loaded.preprocessor, self.env.spec)
         self.observation = self.env.reset(np.zeros((32, 2), np.int64))
 
     def batch(self, rows: int) -> dict[str, Any]:
@@ -277,7 +279,8 @@ def run_trainer(options: argparse.Namespace, folder: Path, **overrides: Any) -> 
     """Two PPO iterations and an evaluation through the Trainer; the second iteration is reported."""
     peft = overrides.pop("peft_config", None)
     with tempfile.TemporaryDirectory() as output:
-        args = arguments(options, Path(output), **overrides)
+        processes = int(os.environ.get("WORLD_SIZE", "1"))
+        args = arguments(options, Path(output), num_envs=16 * processes, **overrides)
         env = SyntheticEnv(args.num_envs // args.world_size)
         started = time.perf_counter()
         trainer = FlowPPOTrainer(str(folder), args, env, peft_config=peft)
@@ -300,14 +303,18 @@ def run_trainer(options: argparse.Namespace, folder: Path, **overrides: Any) -> 
 
 def iteration(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Expert-only PPO."""
-    return run_trainer(options, folder)
+    return run_trainer(options, folder, prefix_storage=options.storage)
 
 
 def tiers(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Expert-only PPO with each place for the prefixes."""
-    return {
-        tier: run_trainer(options, folder, prefix_storage=tier) for tier in ("device", "host", "disk", "recompute")
-    }
+    """Expert-only PPO with each place for the prefixes, each in a process of its own."""
+    results = {}
+    for tier in ("device", "host", "disk", "recompute"):
+        result = folder.parent / f"{tier}.json"
+        words = [*child_arguments(options, "iteration", folder, result), "--storage", tier]
+        subprocess.run([sys.executable, __file__, *words], check=True)
+        results[tier] = json.loads(result.read_text())
+    return results
 
 
 def lora(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -346,13 +353,24 @@ def run_stages(options: argparse.Namespace) -> int:
                 result = Path(scratch) / f"{kind}-{stage}.json"
                 started = time.perf_counter()
                 command = [sys.executable, __file__, *child_arguments(options, stage, folder, result)]
-                done = subprocess.run(command, check=False, timeout=options.stage_timeout)
-                found = json.loads(result.read_text()) if done.returncode == 0 else {"failed": done.returncode}
-                failed += done.returncode != 0
+                status = run_bounded(command, options.stage_timeout)
+                found = json.loads(result.read_text()) if status == 0 else {"failed": status}
+                failed += status != 0
                 report.setdefault(kind, {})[stage] = {**found, "stage_s": time.perf_counter() - started}
                 (options.output_dir / "gpu.json").write_text(json.dumps(report, indent=2) + "\n")
                 print(f"{kind} {stage}: {json.dumps(report[kind][stage])}", flush=True)
     return failed
+
+
+def run_bounded(command: list[str], seconds: float) -> int | str:
+    """Exit status of a command; "timeout" after it was ended with everything that it started."""
+    process = subprocess.Popen(command, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        return "timeout"
 
 
 def device_name(device: str) -> str:
@@ -369,6 +387,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--repetitions", type=int, default=10)
     parser.add_argument("--stage_timeout", type=float, default=600, help="seconds after which a stage is given up")
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/benchmark_gpu"))
+    parser.add_argument("--storage", default="auto", help=argparse.SUPPRESS)
     parser.add_argument("--run", choices=STAGES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)

@@ -247,6 +247,11 @@ class RolloutCollector:
         """Actions (n, C, A) of one pass of the network, whose samples are kept; without rows nothing is."""
         batch = self._batch(observation, rows)
         prefix = self.model("encode", batch=batch)
+        if self._inputs is None and len(rows):
+            execution = self.model.execution
+            self._inputs = self._storage.open(batch, prefix, self.epochs * self.chunks * self.env.num_envs)
+            if self.model.execution != execution:  # the update will encode again, in passes of these rows
+                prefix = self.model("encode", batch=batch)
         noise = self._noise(rows, step, prefix.pad_mask.device)
         sample: Sample = self.model(
             "sample",
@@ -270,12 +275,9 @@ class RolloutCollector:
 
     def _keep(self, batch: Mapping[str, Any], prefix: Prefix) -> None:
         """Stores what the update needs: the prefix, or the observation where the prefix has to be computed anew."""
-        if self._inputs is None:
-            capacity = self.epochs * self.chunks * self.env.num_envs
-            self._inputs = self._storage.open(batch, prefix, capacity)
         if isinstance(self._inputs, ObservationStore):
             self._inputs.append(batch)
-        else:
+        elif self._inputs is not None:
             self._inputs.append(prefix)
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ from lerobot.policies.pretrained import PreTrainedPolicy
 from lerobot.processor import DeviceProcessorStep, PolicyProcessorPipeline
 from peft import LoraConfig
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from pi_rl.flow.noise_network import NoiseNetwork
 from pi_rl.policies.actor_critic import FlowActorCritic
@@ -120,6 +121,11 @@ def build_actor_critic(
     return FlowActorCritic(policy, critic, noise_network, args.sampler(), args.execution(encodes_again))
 
 
+def _own_size(parameter: nn.Parameter) -> int:
+    """Elements on this process, which has a part of a sharded parameter."""
+    return parameter.to_local().numel() if isinstance(parameter, DTensor) else parameter.numel()
+
+
 def build_input_storage(
     model: FlowActorCritic,
     args: FlowConfig,
@@ -127,7 +133,7 @@ def build_input_storage(
     report: Callable[[str, str], None],
 ) -> InputStorage:
     """Where the policy's inputs wait for the update; ``agree`` and ``report`` are those of `InputStorage`."""
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = sum(_own_size(parameter) for parameter in model.parameters() if parameter.requires_grad)
     return InputStorage(
         args.prefix_storage,
         live=model.policy.prefix_is_live,
@@ -145,7 +151,8 @@ def _prepare_vlm(policy: PiFlowPolicy, args: FlowConfig, peft_config: LoraConfig
         raise ValueError("train_vlm trains the whole VLM, and LoRA adapts a frozen one; use one of them.")
     policy.attention = args.attention()
     policy.park_language_heads()  # before the cast, which would round them
-    vlm_dtype = args.vlm_dtype or ("bfloat16" if args.bf16 and not args.train_vlm else None)
+    # with train_vlm also what stays frozen of it, beside float32 masters
+    vlm_dtype = args.vlm_dtype or ("float32" if args.train_vlm else "bfloat16" if args.bf16 else None)
     if vlm_dtype is not None:
         policy.cast_vlm(getattr(torch, vlm_dtype))
     if peft_config is not None:

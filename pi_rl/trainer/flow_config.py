@@ -91,7 +91,9 @@ class FlowConfig(TrainingArguments):
         None, ROLLOUT, "simulator processes per process; default: its CPU cores, once for each pipeline stage"
     )
     pipeline_stages: int = option(
-        1, ROLLOUT, "2: one half of the environments is simulated while the policy infers for the other; or 1"
+        1,
+        ROLLOUT,
+        "2: half of the environments is simulated, in worker processes, while the policy infers for the other; or 1",
     )
     inference_batch_size: int | None = option(
         None, ROLLOUT, "environments per pass of the network in rollouts; default: all of a stage"
@@ -103,7 +105,9 @@ class FlowConfig(TrainingArguments):
         "encodes them again, as a trained VLM needs; auto takes the first that has room",
     )
     prefix_storage_dir: str | None = option(
-        None, COMPUTE, "folder of the file of prefix_storage disk (or auto, if it comes to that); default: output_dir"
+        None,
+        COMPUTE,
+        "folder of the file of prefix_storage disk (auto and recompute may come to it); default: output_dir",
     )
     vlm_dtype: str | None = option(
         None,
@@ -237,13 +241,16 @@ class FlowConfig(TrainingArguments):
             prefix_is_live: Whether the update encodes observations, as rollouts do.
         """
         rows = self.per_device_train_batch_size
-        acting = self.num_envs // self.world_size
+        acting = self.inference_batch_size or max(1, self.num_envs // self.world_size // self.pipeline_stages)
+        # a divisor of both, so that no observation is encoded only to fill a pass, unless that makes passes too small
+        common = math.gcd(rows, acting)
         fixed = self.bf16 or self.torch_compile
         return Execution(
             compute_dtype=torch.bfloat16 if self.bf16 else None,
             expert_rows=rows if fixed else None,
-            # a divisor of both, so that no observation is encoded only to fill a pass
-            encode_rows=math.gcd(rows, acting) if fixed and prefix_is_live else None,
+            encode_rows=(common if 4 * common >= min(rows, acting) else min(rows, acting))
+            if fixed and prefix_is_live
+            else None,
         )
 
     @property
@@ -338,8 +345,8 @@ class FlowConfig(TrainingArguments):
             ("prefix_storage", self.prefix_storage in STORAGES, f"one of {', '.join(STORAGES)}"),
             (
                 "prefix_storage_dir",
-                self.prefix_storage_dir is None or self.prefix_storage in ("auto", "disk"),
-                "left out unless prefix_storage is disk or auto",
+                self.prefix_storage_dir is None or self.prefix_storage in ("auto", "disk", "recompute"),
+                "left out unless prefix_storage is disk, auto or recompute",
             ),
             (
                 "attn_implementation",

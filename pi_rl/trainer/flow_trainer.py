@@ -231,7 +231,7 @@ class FlowTrainer(CheckpointedTrainer):
     def _storage_chosen(self, storage: str, line: str) -> None:
         self._encodes_again = storage == RECOMPUTE
         if self._encodes_again:
-            self.actor_critic.execution = self.args.execution(True)
+            self.actor_critic.execution = self.same_passes(self.args.execution(True))
         if self.args.process_index == 0:
             say(line)
 
@@ -414,7 +414,7 @@ class FlowTrainer(CheckpointedTrainer):
     def _first_ratio_limit(self) -> float:
         """A reduced-precision VLM that encodes again in batches of another size rounds differently."""
         policy = self.actor_critic.policy
-        reduced = any(parameter.dtype != torch.float32 for parameter in policy.parameters())
+        reduced = self.args.bf16 or any(parameter.dtype != torch.float32 for parameter in policy.parameters())
         return LIVE_RATIO_LIMIT if self._encodes_again and reduced else FIRST_RATIO_LIMIT
 
     def _check_target_kl(self, approx_kl: Tensor, share: float, tick: int) -> None:

@@ -24,6 +24,7 @@ from transformers import Trainer, TrainingArguments
 
 from pi_rl.policies.actor_critic import FlowActorCritic
 from pi_rl.policies.checkpoints import LoadedPolicy
+from pi_rl.policies.execution import Execution
 from pi_rl.trainer.flow_config import FlowConfig
 
 UNITS = ("_PiGemmaDecoderLayerBase", "SiglipEncoderLayer", "Embedding")
@@ -192,10 +193,17 @@ class ShardedTrainer(Trainer):
         """Shards the model if the run asks for it; before an optimiser or anything else holds its parameters."""
         if not self.is_fsdp_enabled:
             return
-        execution = model.execution
-        if execution.encode_rows is not None:  # one pass for whatever number of samples, as of the expert
-            model.execution = dataclasses.replace(execution, encode_rows=execution.expert_rows)
+        model.execution = self.same_passes(model.execution)
         shard_model(model, self.accelerator.device)
+
+    def same_passes(self, execution: Execution) -> Execution:
+        """Settings with which processes of a sharded model make equally many passes, whatever rows they have.
+
+        One pass for any number of samples, of the VLM as of the expert.
+        """
+        if not self.is_fsdp_enabled or execution.encode_rows is None:
+            return execution
+        return dataclasses.replace(execution, encode_rows=execution.expert_rows)
 
     def rows_at_once(self, asked: int | None = None, stages: int = 1) -> int | None:
         """Rows of a call of the policy that make one pass of the network, however many of them are in use.
