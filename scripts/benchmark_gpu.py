@@ -270,7 +270,7 @@ def denoise(options: argparse.Namespace, folder: Path) -> dict[str, float]:
         score, _ = bench.model("score", inputs=stored.index(rows), chain=chain)
         ratio = (score.log_prob - sample.log_prob[on_device, 0]).exp().sub(1).abs().max()
         result[f"{name}_ms"] = 1e3 * statistics.median(times)
-        result[f"{name}_first_ratio_error"] = float(ratio)
+        result[f"{name}_first_ratio_error"] = float(ratio.detach())
         del bench
     return result
 
