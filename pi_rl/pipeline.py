@@ -198,6 +198,8 @@ def _run_stages(run: _Run, spec: "EnvSpec") -> None:
     from pi_rl.trainer.processes import first_decides, reachable
 
     policy_path: str | Path = run.recipe.model or run.folder / ("init" if run.rl.dry_run else "sft")
+    if str(policy_path).startswith("~"):
+        policy_path = Path(policy_path).expanduser()
     if run.recipe.model is None:
         make = _create_small_policy if run.rl.dry_run else _make_sft_policy
         first_decides(lambda: make(run, spec))
@@ -378,7 +380,8 @@ def _reinforce(run: _Run, policy_path: str | Path) -> None:
                 trainer.evaluate()
                 before = trainer.last_evaluation
         with run.stage("rl", f"4. RL: {run.algorithm.upper()} with {rl.noise}, {rl.num_iterations} iterations"):
-            trainer.train(resume_from_checkpoint=_last_checkpoint(run.folder))
+            # the first process's choice counts; others need not have the folder
+            trainer.train(resume_from_checkpoint=_last_checkpoint(run.folder) if run.is_main else None)
         trainer.save_model(str(run.folder / "policy"))
         if run.is_main:
             trainer.state.save_to_json(str(run.folder / "trainer_state.json"))

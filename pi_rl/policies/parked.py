@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 
@@ -40,7 +41,11 @@ class ParkedHead(nn.Module):
         elif state_dict[name].shape != self.parked.shape:
             error_msgs.append(f"{name}: shape {tuple(state_dict[name].shape)} instead of {tuple(self.parked.shape)}")
         else:
-            self.parked = state_dict[name].detach().to("cpu", self.parked.dtype)
+            given = state_dict[name].detach().to("cpu", self.parked.dtype)
+            if self.parked.is_meta:
+                self.parked = given
+            elif not torch.equal(given, self.parked):  # else a checkpoint's file would stay mapped for nothing
+                self.parked = given.clone()
         unexpected_keys.extend(key for key in state_dict if key.startswith(prefix) and key != name)
 
 

@@ -117,7 +117,7 @@ class CheckpointedTrainer(ShardedTrainer):
             torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or process_count() == 1:
+        if checkpoint is None or (process_count() == 1 and not is_sharded(self.actor_critic)):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         # mapped, not read, where it is copied to a GPU: a sharded process needs its part of each tensor only
