@@ -54,8 +54,12 @@ class Assumptions:
         return [{"name": entry.name, "value": getattr(self, entry.name), **entry.metadata} for entry in fields(self)]
 
 
-SIMULATOR_COST = {"metaworld": (0.65, 1.3), "libero": (5.9, 11.0), "maniskill": (7.3, 6.2)}
-"""Milliseconds of processor time for a step and for an observation's pictures, measured: docs/performance.md."""
+SIMULATOR_COST = {"metaworld": (0.65, 90.0), "libero": (5.9, 188.0), "maniskill": (7.3, 31.0)}
+"""Milliseconds of processor time for a step and for an observation's pictures, from docs/performance.md.
+
+Its table is per step with pictures at every fifth, drawn in software and without ``fast_rendering``: an upper bound
+where a GPU draws.
+"""
 
 SIMULATOR_MB = {"metaworld": 345, "libero": 1046, "maniskill": 1016}
 """Memory of a worker process, measured: docs/performance.md."""

@@ -175,8 +175,8 @@ def _device(phases: Phases, machine: Machine, chunks: int, store: int) -> Device
         acting=phases.acting,
         updating=phases.updating,
         evaluating=phases.evaluating,
-        # a sharded model is gathered tensor by tensor
-        saving=phases.unit_bytes if machine.sharded else phases.save.temporary,
+        # a sharded model is gathered tensor by tensor; adapters are merged in host memory
+        saving=phases.unit_bytes if machine.sharded else 0 if machine.gpu else phases.save.temporary,
     )
 
 
@@ -210,6 +210,9 @@ def _host(phases: Phases, machine: Machine, assumptions: Assumptions, simulators
         "parked language heads": phases.parked,
         # while loading and while saving the weights pass through host memory
         "weights in passing" if machine.gpu else "training": trained_and_frozen,
+        "adapters being merged": phases.save.temporary if machine.gpu and not machine.sharded else 0,
+        # the first process has all of it while it saves
+        "optimiser state in passing": phases.optimizer if machine.gpu and machine.sharded else 0,
         "simulators": round(simulators),
     }
     return {name: nbytes for name, nbytes in host.items() if nbytes}
