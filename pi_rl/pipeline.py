@@ -224,15 +224,6 @@ def _trainer_class(algorithm: str) -> "type[FlowTrainer]":
     return {"ppo": FlowPPOTrainer, "grpo": FlowGRPOTrainer}[algorithm]
 
 
-def _peft_config(recipe: RecipeArguments) -> Any:
-    """LoRA of the VLM as the command line describes it, or None."""
-    if recipe.lora_rank == 0:
-        return None
-    from pi_rl.policies.lora import vlm_lora_config
-
-    return vlm_lora_config(recipe.lora_rank, recipe.lora_alpha, recipe.lora_target_modules or None)
-
-
 def _check_together(recipe: RecipeArguments, rl: "FlowConfig", spec: "EnvSpec") -> None:
     """What would otherwise be found only after demonstrations and SFT."""
     from pi_rl.rollout.evaluator import evaluation_ids
@@ -368,7 +359,7 @@ def _reinforce(run: _Run, policy_path: str | Path) -> None:
     rl.eval_on_start = False
     with _set_up():
         trainer = _trainer_class(run.algorithm)(
-            policy_path, rl, run.recipe.env, run.env_options, peft_config=_peft_config(run.recipe)
+            policy_path, rl, run.recipe.env, run.env_options, peft_config=run.recipe.peft_config()
         )
     try:
         if rl.dry_run:

@@ -1,9 +1,12 @@
 """What a recipe needs beside the trainer's configuration."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pi_rl.arguments import option
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 MODEL, ENVIRONMENT, DEMOS, SFT = "Policy", "Environment", "Demonstrations", "Supervised fine-tuning"
 LORA = "LoRA on the VLM"
@@ -74,3 +77,11 @@ class RecipeArguments:
         for name in ("demos_per_task", "sft_steps", "sft_batch_size", "chunk_size", "image_resolution"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is not allowed: it must be at least 1.")
+
+    def peft_config(self) -> "LoraConfig | None":
+        """LoRA of the VLM as the options describe it, or None."""
+        if self.lora_rank == 0:
+            return None
+        from pi_rl.policies.lora import vlm_lora_config
+
+        return vlm_lora_config(self.lora_rank, self.lora_alpha, self.lora_target_modules or None)

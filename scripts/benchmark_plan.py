@@ -18,7 +18,7 @@ from typing import Any
 from pi_rl.planning.measure import MALLOC_SETTINGS, measure_phases
 from pi_rl.planning.model import build_planned, find_policy
 from pi_rl.planning.phases import Phases, count_phases
-from pi_rl.planning.plan import ALGORITHMS, peft_config, run_options
+from pi_rl.planning.plan import ALGORITHMS, run_options
 
 # about 1.3 GB with optimiser and gradients: large beside what a process itself varies by
 SMALL_RUN = (
@@ -65,7 +65,7 @@ def phases_of(words: Any, algorithm: str, device: str, *, real: bool) -> Phases:
     planned = find_policy(recipe, args, spec)
     gpu = device == "cuda"
     where = device if real else "meta"
-    model = build_planned(planned, args, trainer_class, peft_config(recipe), gpu=gpu, device=where)
+    model = build_planned(planned, args, trainer_class, recipe.peft_config(), gpu=gpu, device=where)
     return measure_phases(model, args, spec) if real else count_phases(model, args, spec, gpu=gpu)
 
 

@@ -135,11 +135,16 @@ def plan_memory(
     host_free = (machine.host_memory - sum(host.values())) * assumptions.host_share
     automatic = LIVE if live else choose_tier(store, free, host_free, (1 - DISK_SHARE) * machine.disk)
     tier = automatic if tier == "auto" else tier
-    if tier == "device":
+    kept = tier
+    if tier == "recompute":  # observations wait, and the VLM's passes are in the update, too
+        store = chunks * phases.observation_row
+        device.updating = max(device.updating, phases.encode.temporary * phases.update_rows // phases.rollout_rows)
+        kept = "device" if store <= free else "host"
+    if kept == "device":
         device.store = store
-        _peaks(device, phases, machine, assumptions)
-    if tier == "host":
-        host["prefixes"] = store
+    _peaks(device, phases, machine, assumptions)
+    if kept == "host":
+        host["observations" if tier == "recompute" else "prefixes"] = store
     disk = _disk(phases, args, machine)
     if tier == "disk":
         disk["prefixes"] = store * machine.processes

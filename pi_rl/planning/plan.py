@@ -150,7 +150,7 @@ def make_plan(words: Sequence[str], question: Question) -> Plan:
         language_tokens=question.language_tokens,
     )
     machine = question.machine
-    model = build_planned(planned, args, trainer_class, peft_config(recipe), gpu=machine.gpu)
+    model = build_planned(planned, args, trainer_class, recipe.peft_config(), gpu=machine.gpu)
     live = model.policy.prefix_is_live
     phases = count_phases(model, args, spec, gpu=machine.gpu)
     args.n_action_steps = model.policy.n_action_steps
@@ -198,15 +198,6 @@ def _share(args: FlowConfig, processes: int) -> list[str]:
 def _simulators(spec: EnvSpec, args: FlowConfig, question: Question) -> float:
     workers = min(args.num_envs, args.env_workers or int(question.assumptions.cores_per_gpu))
     return SIMULATOR_MB.get(spec.name.partition(":")[0].partition("_")[0], OTHER_MB) * 1e6 * workers
-
-
-def peft_config(recipe: RecipeArguments) -> Any:
-    """LoRA of the VLM as the options describe it, or None."""
-    if recipe.lora_rank == 0:
-        return None
-    from pi_rl.policies.lora import vlm_lora_config
-
-    return vlm_lora_config(recipe.lora_rank, recipe.lora_alpha, recipe.lora_target_modules or None)
 
 
 def _notes(args: FlowConfig, live: bool) -> list[str]:

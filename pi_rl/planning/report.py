@@ -10,7 +10,7 @@ _STORED = {
     "device": "on the device",
     "host": "in host memory",
     "disk": "on disk",
-    "recompute": "nowhere: the update recomputes them",
+    "recompute": "nowhere, the update recomputes them from observations",
     LIVE: "observations instead, on the device",
 }
 
@@ -43,7 +43,7 @@ def _device(plan: Plan) -> str:
         "optimiser": device.optimizer,
         "gradient buckets": device.buckets,
         "gathered layers": device.gathered,
-        "observations" if plan.memory.tier == LIVE else "prefixes": device.store,
+        "observations" if plan.memory.tier in (LIVE, "recompute") else "prefixes": device.store,
         "chains of the rollout": device.chains,
         "temporary: acting": device.acting,
         "temporary: update": device.updating,

@@ -88,6 +88,16 @@ def test_a_live_prefix_stores_observations():
     assert plan.device.store == plan.store_bytes == 160 * 10**6
 
 
+def test_recomputing_keeps_observations_and_encodes_in_the_update():
+    found = phases(encode=Count(flops=10**13, before=8 * BILLION, peak=14 * BILLION, operations=10))
+    stored, recomputed = (planned(machine(), config(prefix_storage=tier), found) for tier in ("host", "recompute"))
+    assert recomputed.store_bytes == recomputed.device.store == 160 * 10**6
+    assert "prefixes" not in recomputed.host
+    more = recomputed.device.peaks["update"] - stored.device.peaks["update"]
+    assert recomputed.device.updating == 3 * BILLION  # 6 for the rollout's 16 rows, half of it for 8
+    assert more == 160 * 10**6 + 3 * BILLION - stored.device.updating
+
+
 def test_host_storage_leaves_the_device():
     plan = planned(machine(), config(prefix_storage="host"))
     assert (plan.tier, plan.automatic) == ("host", "device")
