@@ -11,7 +11,7 @@ from pi_rl.flow.chain import Chain
 from pi_rl.planning.counting import Meter, gpu_attention, planning, without_content
 from pi_rl.planning.model import build_planned, find_policy, observations
 from pi_rl.planning.phases import Count, count_phases, part_of, run_phases
-from pi_rl.planning.plan import ALGORITHMS, peft_config, run_options
+from pi_rl.planning.plan import ALGORITHMS, run_options
 
 FLOAT = 4
 
@@ -28,7 +28,7 @@ def small_run(*extra, algorithm="ppo", device="meta"):
     config_class, trainer = ALGORITHMS[algorithm]
     recipe, args, spec = run_options(words, config_class)
     planned = find_policy(recipe, args, spec)
-    return build_planned(planned, args, trainer, peft_config(recipe), gpu=False, device=device), args, spec
+    return build_planned(planned, args, trainer, recipe.peft_config(), gpu=False, device=device), args, spec
 
 
 def test_bytes_alive_follow_the_life_of_tensors():
