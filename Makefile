@@ -13,7 +13,7 @@ ifeq ($(GPU),)
 export OMP_NUM_THREADS ?= 1
 endif
 
-EVERYTHING := test,lint,libero,maniskill
+EVERYTHING := test,lint,docs,notebooks,libero,maniskill
 
 .PHONY: help quickstart test lint format types setup benchmarks clean
 

@@ -3,7 +3,7 @@
 # ManiSkill, Vulkan) libraries. Done once: a stamp in .venv makes later calls return at once. Package indexes are those
 # the machine is set up for.
 #
-# Usage: scripts/setup.sh [EXTRAS]      e.g. test,lint,libero,maniskill; default: PI_RL_EXTRAS, or test,lint
+# Usage: scripts/setup.sh [EXTRAS]      e.g. test,lint,docs,notebooks,libero,maniskill; default: PI_RL_EXTRAS, or test,lint
 #
 # What an earlier call installed stays installed.
 set -euo pipefail
@@ -229,6 +229,17 @@ set_up_vulkan() {
     say "ManiSkill draws with Vulkan"
 }
 
+# The tests look at reports in a browser; its absence must not stop those who want something else.
+set_up_browser() {
+    has_extra docs || return 0
+    if ! command -v chromium >/dev/null 2>&1; then
+        (install_system_packages "the tests of HTML pages need Chromium" chromium) || {
+            say "WARNING: the tests of HTML pages will fail on this machine; everything else works."
+            [ -z "${CI:-}" ] || exit 1
+        }
+    fi
+}
+
 main() {
     local mark installed=""
     mark=$(fingerprint)
@@ -245,6 +256,7 @@ main() {
     install_packages
     set_up_opengl
     set_up_vulkan
+    set_up_browser
     printf '%s\n%s\n' "$mark" "$EXTRAS" >"$STAMP"
     say "done ($EXTRAS)"
 }

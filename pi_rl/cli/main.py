@@ -10,9 +10,16 @@ from pi_rl.__about__ import __version__
 from pi_rl.cli.parser import UserError
 
 COMMANDS = {
+    "demo": ("pi_rl.cli.demo", "from nothing to a policy that improves, in minutes: the quick start at a reduced size"),
+    "train": ("pi_rl.cli.train", "reinforcement learning, from a recipe's YAML file"),
+    "sft": ("pi_rl.cli.sft", "few-shot supervised fine-tuning, from a recipe's YAML file"),
     "eval": ("pi_rl.cli.eval", "success of a policy on fixed initial states: table, JSON, videos; resumable"),
+    "report": ("pi_rl.cli.report", "a run as one HTML page: curves, success per task, videos, settings, times"),
+    "push": ("pi_rl.cli.push", "a policy with its card, curve and videos to the Hugging Face Hub"),
+    "convert": ("pi_rl.cli.convert", "checkpoints of openpi and RLinf to LeRobot's layout and back; LoRA adapters"),
     "plan": ("pi_rl.cli.plan", "memory, FLOPs and seconds of a run, before it runs; needs neither weights nor GPU"),
     "assets": ("pi_rl.cli.assets", "what the simulators need beside their packages, and how to get it"),
+    "env": ("pi_rl.cli.env", "versions, devices, renderer and disk: what a report of a problem needs"),
 }
 """Name to module and summary. A module has `run(argv) -> int`; it is imported when its command is called."""
 
