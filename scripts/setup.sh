@@ -232,6 +232,7 @@ set_up_vulkan() {
 # The tests look at reports in a browser; its absence must not stop those who want something else.
 set_up_browser() {
     has_extra docs || return 0
+    APT_OPTIONS=() APT_SOURCE=""
     if ! command -v chromium >/dev/null 2>&1; then
         (install_system_packages "the tests of HTML pages need Chromium" chromium) || {
             say "WARNING: the tests of HTML pages will fail on this machine; everything else works."
