@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from pi_rl.__about__ import package_versions
-from pi_rl.arguments import changed_settings, dump_config, launch_command, parse_recipe_arguments
+from pi_rl.arguments import CONFIG_NAME, changed_settings, dump_config, launch_command, parse_recipe_arguments
 from pi_rl.progress import Progress, say
 from pi_rl.recipe_arguments import RecipeArguments
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from pi_rl.trainer.flow_config import FlowConfig
     from pi_rl.trainer.flow_trainer import FlowTrainer
 
-CONFIG_NAME, STAGES_NAME = "pi_rl_config.yaml", "stages.json"
+STAGES_NAME = "stages.json"
 DATASET_ID = "local/demonstrations"
 
 

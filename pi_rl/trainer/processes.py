@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-_USER_ERRORS = (ValueError, RuntimeError, TypeError, OSError)
+_USER_ERRORS = (ValueError, RuntimeError, TypeError, OSError, ArithmeticError)
 _PIECE = 32 * 2**20  # bytes that travel at once
 _PROBE = 2**20  # bytes at a file's two ends that tell whether two files are the same
 
