@@ -15,7 +15,6 @@ from types import FrameType
 from typing import Any, NoReturn, Self
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from pi_rl.progress import ProgressFn, say
@@ -23,6 +22,7 @@ from pi_rl.trainer.checkpoint_folders import RL_STATE_NAME
 from pi_rl.trainer.metrics import all_reduce
 from pi_rl.trainer.not_finite import FiniteTrainer
 from pi_rl.trainer.plain_state import read_json
+from pi_rl.trainer.processes import leave_process_group
 
 SAVED_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h, "try again": the state is saved and the same command goes on. 143 and 130 are what a
@@ -167,8 +167,7 @@ class InterruptibleTrainer(FiniteTrainer):
         say(text, enabled=self.args.process_index == 0)
         if signum == signal.SIGINT:
             raise SavedInterrupt(text, checkpoint) from None
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()  # its threads must not outlive the interpreter
+        leave_process_group()
         raise Preempted(text, checkpoint) from None
 
     def until_told[T](self, act: Callable[[ProgressFn], T], progress: ProgressFn, *, in_step: bool) -> T:

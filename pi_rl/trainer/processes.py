@@ -23,6 +23,12 @@ def process_count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def leave_process_group() -> None:
+    """Ends this process's part in a distributed run; the group's threads would abort an interpreter that ends first."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def first_decides[T](decide: Callable[[], T]) -> T:
     """Runs something on the first process alone and gives its result to all; a collective call.
 
