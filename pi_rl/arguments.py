@@ -32,6 +32,8 @@ from pi_rl.argument_values import (
 )
 
 INHERITED_GROUP = "Hugging Face TrainingArguments"
+CONFIG_NAME = "pi_rl_config.yaml"
+"""File of the effective configuration, in a run's folder and in each checkpoint."""
 RESERVED = ("config", "base", "without", "help", "help_all")
 
 

@@ -6,6 +6,7 @@ killed goes on with the first stage that is missing when the same command is giv
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import time
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from pi_rl.__about__ import package_versions
-from pi_rl.arguments import changed_settings, dump_config, launch_command, parse_recipe_arguments
+from pi_rl.arguments import CONFIG_NAME, changed_settings, dump_config, launch_command, parse_recipe_arguments
 from pi_rl.progress import Progress, say
 from pi_rl.recipe_arguments import RecipeArguments
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from pi_rl.trainer.flow_config import FlowConfig
     from pi_rl.trainer.flow_trainer import FlowTrainer
 
-CONFIG_NAME, STAGES_NAME = "pi_rl_config.yaml", "stages.json"
+STAGES_NAME = "stages.json"
 DATASET_ID = "local/demonstrations"
 
 
@@ -52,6 +53,7 @@ class _Run:
     rl: "FlowConfig"
     algorithm: str
     command: str
+    words: list[str]
     minutes: dict[str, float] = field(default_factory=dict)
     before: dict[str, float] = field(default_factory=dict)
     claimed: bool = False
@@ -116,21 +118,19 @@ def recipe_main(
     output_dir: str = "outputs/run",
     algorithm: str = "ppo",
 ) -> None:
-    """:func:`run_recipe` as a program: what the user can put right is printed in one paragraph, with exit code 2."""
+    """:func:`run_recipe` as a program.
+
+    Exit codes: 0 done, 2 something that the user can put right (printed in one paragraph), 75 ended by a signal with
+    its state saved, 1 anything else.
+    """
     try:
         run_recipe(description, default_config, noise, argv, output_dir=output_dir, algorithm=algorithm)
     except RecipeError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    _leave_process_group()
+    from pi_rl.trainer.processes import leave_process_group
 
-
-def _leave_process_group() -> None:
-    """Ends a distributed run; the group's threads must not outlive the interpreter, which would abort."""
-    import torch
-
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_process_group()
 
 
 def run_recipe(
@@ -156,7 +156,8 @@ def run_recipe(
         The run's output folder.
 
     Raises:
-        RecipeError: On bad options, an output folder of another run, or parts that do not fit.
+        RecipeError: On bad options, an output folder of another run, parts that do not fit, or a full disk.
+        SystemExit: With code 75, when a signal ended the run during RL and its state was saved.
     """
     import torch
 
@@ -178,6 +179,7 @@ def run_recipe(
         config,
         algorithm,
         launch_command(f"recipes/{Path(sys.argv[0]).name}", arguments),
+        arguments,
     )
     with _set_up():
         spec = check_name_and_options(recipe.env, run.env_options)
@@ -186,11 +188,36 @@ def run_recipe(
     run.continue_clock()
     say(config.arithmetic, enabled=run.is_main)
     try:
-        _run_stages(run, spec)
+        with _saved(run):
+            _run_stages(run, spec)
     except BaseException:
         _release_folder(run)
         raise
     return run.folder
+
+
+@contextmanager
+def _saved(run: _Run) -> Iterator[None]:
+    """What a run that saves its state says in the end: how it goes on, or what the user can put right.
+
+    Raises:
+        SystemExit: With code 75 where a signal ended it.
+        RecipeError: Where a checkpoint cannot be read or written.
+    """
+    from pi_rl.trainer.checkpoint_folders import CheckpointError
+    from pi_rl.trainer.disk import NotWritten
+    from pi_rl.trainer.preemption import SAVED_EXIT_CODE, Preempted, SavedInterrupt
+    from pi_rl.trainer.processes import leave_process_group
+
+    try:
+        yield
+    except (CheckpointError, NotWritten) as error:
+        raise RecipeError(str(error)) from error
+    except (Preempted, SavedInterrupt):
+        words = shlex.join([Path(sys.argv[0]).name, *run.words])
+        say(f"The same command goes on with the run: {words}", enabled=run.is_main)
+        leave_process_group()
+        raise SystemExit(SAVED_EXIT_CODE) from None
 
 
 def _run_stages(run: _Run, spec: "EnvSpec") -> None:
@@ -244,6 +271,8 @@ def _check_together(recipe: RecipeArguments, rl: "FlowConfig", spec: "EnvSpec") 
 def _prepare_folder(run: _Run) -> None:
     """Claims the output folder, or continues the same run in it; refuses another run's."""
     from pi_rl.hub.results import RESULTS_NAME
+    from pi_rl.trainer.checkpoint_folders import check_checkpoint
+    from pi_rl.trainer.disk import check_output_folder
     from pi_rl.trainer.processes import first_decides
 
     config = run.folder / CONFIG_NAME
@@ -254,8 +283,10 @@ def _prepare_folder(run: _Run) -> None:
             raise ValueError(
                 f"{run.folder} holds a finished run ({finished} is there). Give another --output_dir, or delete it."
             )
+        if run.rl.resume_from_checkpoint is not None:
+            check_checkpoint(Path(run.rl.resume_from_checkpoint))
         run.claimed = not config.exists()
-        run.folder.mkdir(parents=True, exist_ok=True)
+        check_output_folder(run.folder)
         if changed := changed_settings((run.recipe, run.rl), config):
             raise ValueError(
                 f"{run.folder} holds a run with other settings ({'; '.join(changed[:6])}). Give another --output_dir, "
@@ -361,6 +392,7 @@ def _reinforce(run: _Run, policy_path: str | Path) -> None:
         trainer = _trainer_class(run.algorithm)(
             policy_path, rl, run.recipe.env, run.env_options, peft_config=run.recipe.peft_config()
         )
+    trainer.settings = (run.recipe, rl)
     try:
         if rl.dry_run:
             _dry_run(run, trainer)
@@ -372,7 +404,7 @@ def _reinforce(run: _Run, policy_path: str | Path) -> None:
                 before = trainer.last_evaluation
         with run.stage("rl", f"4. RL: {run.algorithm.upper()} with {rl.noise}, {rl.num_iterations} iterations"):
             # the first process's choice counts; others need not have the folder
-            trainer.train(resume_from_checkpoint=_last_checkpoint(run.folder) if run.is_main else None)
+            trainer.train(resume_from_checkpoint=_checkpoint_to_resume(run) if run.is_main else None)
         trainer.save_model(str(run.folder / "policy"))
         if run.is_main:
             trainer.state.save_to_json(str(run.folder / "trainer_state.json"))
@@ -399,10 +431,13 @@ def _dry_run(run: _Run, trainer: Any) -> None:
             shutil.rmtree(run.folder)
 
 
-def _last_checkpoint(folder: Path) -> str | None:
-    from transformers.trainer_utils import get_last_checkpoint
+def _checkpoint_to_resume(run: _Run) -> str | None:
+    """The newest readable checkpoint of the run, or the one that it was told to begin with."""
+    from pi_rl.trainer.checkpoint_folders import clean_up, newest_checkpoint
 
-    return get_last_checkpoint(str(folder))
+    clean_up(run.folder)
+    own = newest_checkpoint(run.folder)
+    return run.rl.resume_from_checkpoint if own is None else str(own)
 
 
 def _report(run: _Run, trainer: Any, policy_path: str | Path, before: Any, after: Any) -> None:

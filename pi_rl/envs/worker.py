@@ -399,7 +399,8 @@ def _answer(connection: Connection, worker: Worker, parent: int) -> None:
 
 def main() -> None:
     """Entry point: descriptors of the socket and of the shared memory are the two arguments."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent closes its workers
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(signum, signal.SIG_IGN)  # they may reach the whole group; the parent closes its workers
     warnings.filterwarnings("ignore")
     socket_fd, memory_fd = (int(argument) for argument in sys.argv[1:3])
     memory = mmap.mmap(memory_fd, 0)

@@ -1,23 +1,50 @@
-"""Checkpoints of a run: a LeRobot policy folder beside the Trainer's files, written aside and renamed."""
+"""Checkpoints of a run: a LeRobot policy folder beside the Trainer's state, written aside and renamed."""
 
-import json
-import os
+import dataclasses
+import logging
 import shutil
-import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
-from transformers.trainer_utils import get_last_checkpoint, rotate_checkpoints
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
 
+from pi_rl.__about__ import __version__
+from pi_rl.arguments import CONFIG_NAME, dump_config
 from pi_rl.policies.actor_critic import FlowActorCritic
 from pi_rl.policies.checkpoints import LoadedPolicy, load_heads, load_policy_weights, save_heads, save_policy
 from pi_rl.policies.lora import has_lora
+from pi_rl.trainer.checkpoint_folders import (
+    FORMAT,
+    RL_STATE_NAME,
+    STAGING_NAME,
+    CheckpointError,
+    check_checkpoint,
+    clean_up,
+    newest_checkpoint,
+    publish,
+    remove_old,
+)
+from pi_rl.trainer.disk import NotWritten, checkpoint_bytes, warn_about_low_disk, why_not_written
 from pi_rl.trainer.flow_config import FlowConfig
+from pi_rl.trainer.plain_state import (
+    generator_states,
+    read_json,
+    read_optimizer,
+    read_scheduler,
+    restore_generators,
+    rng_file,
+    write_json,
+    write_optimizer,
+    write_scheduler,
+)
 from pi_rl.trainer.processes import all_succeed, first_decides, process_count, reachable
+from pi_rl.trainer.resumed_settings import keep_settings
 from pi_rl.trainer.sharding import (
     ShardedTrainer,
     is_sharded,
@@ -26,9 +53,28 @@ from pi_rl.trainer.sharding import (
     whole_state,
 )
 
-RL_STATE_NAME = "rl_state.json"
+logger = logging.getLogger(__name__)
 POLICY_PREFIX = "policy.policy."
 """Where the LeRobot policy's tensors are in the state dict of the trained module."""
+
+
+@dataclasses.dataclass(frozen=True)
+class IterationEnd:
+    """What a checkpoint of the last completed iteration needs beside weights and optimiser.
+
+    Attributes:
+        step: Optimiser steps made.
+        epoch: The Trainer's fractional epoch.
+        rl_state: Counters.
+        generators: Of this process.
+        scheduler: State of the learning-rate schedule.
+    """
+
+    step: int
+    epoch: float
+    rl_state: dict[str, Any]
+    generators: dict[str, Any]
+    scheduler: dict[str, Any]
 
 
 class CheckpointedTrainer(ShardedTrainer):
@@ -37,14 +83,23 @@ class CheckpointedTrainer(ShardedTrainer):
     The first process writes everything, in the form that a single process writes, whether the model is sharded or
     not. So only its output folder has to outlive the run, and a checkpoint can be resumed sharded or unsharded.
     Subclasses set ``_loaded`` and the counters, and may add to :meth:`rl_state`.
+
+    Attributes:
+        settings: Dataclasses whose options go into a checkpoint's pi_rl_config.yaml: the configuration, before it a
+            recipe's arguments.
+        failed_saves: Checkpoints of this run that could not be written.
     """
 
     args: FlowConfig
     _loaded: LoadedPolicy
     algorithm: str
-    _checkpoint_root: str | None = None
+    settings: tuple[Any, ...] = ()
     env_steps: int = 0
     episodes: int = 0
+    failed_saves: int = 0
+    _staging: Path | None = None
+    _last_end: IterationEnd | None = None
+    _saved_step: int | None = None
 
     @property
     def actor_critic(self) -> FlowActorCritic:
@@ -59,6 +114,8 @@ class CheckpointedTrainer(ShardedTrainer):
     def rl_state(self) -> dict[str, Any]:
         """What a resumed run needs beside weights and optimiser; plain numbers, written as JSON."""
         return {
+            "format": FORMAT,
+            "pi_rl": __version__,
             "algorithm": self.algorithm,
             "env_steps": self.env_steps,
             "episodes": self.episodes,
@@ -68,19 +125,24 @@ class CheckpointedTrainer(ShardedTrainer):
     def load_rl_state(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`rl_state` wrote."""
         if state["algorithm"] != self.algorithm:
-            raise ValueError(
+            raise CheckpointError(
                 f"The checkpoint is of a {state['algorithm']} run, this one is {self.algorithm}. Resume with that "
                 "trainer, or start anew from the folder with model=."
             )
         self.env_steps, self.episodes = state["env_steps"], state["episodes"]
 
+    # ---- resuming --------------------------------------------------------------------------------------------------
+
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Trains; a checkpoint to resume has to be known to the first process only, which decides for all.
 
         Args:
-            resume_from_checkpoint: A checkpoint folder, or True for the last one in ``output_dir``.
+            resume_from_checkpoint: A checkpoint folder, or True for the newest readable one in ``output_dir``.
             *args: Of ``Trainer.train``.
             **kwargs: Of ``Trainer.train``.
+
+        Raises:
+            CheckpointError: If the checkpoint cannot be read or is of another run; nothing was loaded then.
         """
         folder = first_decides(lambda: self._folder_to_resume(resume_from_checkpoint))
         if folder is None:
@@ -89,129 +151,39 @@ class CheckpointedTrainer(ShardedTrainer):
             return super().train(str(checkpoint), *args, **kwargs)
 
     def _folder_to_resume(self, asked: str | bool | None) -> str | None:
+        """Also tidies the output folder up; on the first process."""
+        root = Path(self.args.output_dir)
+        clean_up(root)
+        warn_about_low_disk(root, checkpoint_bytes(self.actor_critic), self._checkpoints_at_once())
         if not asked:
             return None
         if asked is not True:
+            check_checkpoint(Path(asked))
             return str(asked)
-        last = get_last_checkpoint(self.args.output_dir)
+        last = newest_checkpoint(root)
         if last is None:
-            raise ValueError(f"{self.args.output_dir} has no checkpoint to resume; leave resume_from_checkpoint out.")
-        return last
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Saves the policy folder; all processes call it, the first writes."""
-        if not is_sharded(self.actor_critic):
-            super().save_model(output_dir, _internal_call)
-            return
-        state = whole_state(self.actor_critic, keep=self.args.should_save)
-        if self.args.should_save:
-            self._save(output_dir, state)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not is_sharded(self.actor_critic):
-            super()._save_optimizer_and_scheduler(output_dir)
-            return
-        state = whole_optimizer_state(self.optimizer, keep=self.args.should_save)
-        if self.args.should_save:
-            torch.save(state, os.path.join(output_dir, OPTIMIZER_NAME))
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(output_dir, SCHEDULER_NAME))
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if checkpoint is None or (process_count() == 1 and not is_sharded(self.actor_critic)):
-            super()._load_optimizer_and_scheduler(checkpoint)
-            return
-        # mapped, not read, where it is copied to a GPU: a sharded process needs its part of each tensor only
-        mapped = self.args.device.type != "cpu"
-        optimizer, scheduler = (
-            torch.load(os.path.join(checkpoint, name), map_location="cpu", weights_only=True, mmap=mapped)
-            for name in (OPTIMIZER_NAME, SCHEDULER_NAME)
-        )
-        load_whole_optimizer_state(self.optimizer, optimizer)
-        self.lr_scheduler.load_state_dict(scheduler)
-
-    def _save_rng_state(self, output_dir: str) -> None:
-        """Every process's generators, in files that the first process writes."""
-        if process_count() == 1:
-            super()._save_rng_state(output_dir)
-            return
-        name = f"rng_state_{self.args.process_index}.pth"
-        with tempfile.TemporaryDirectory() as own:
-            super()._save_rng_state(own)
-            content = (Path(own) / name).read_bytes()
-        contents: list[Any] = [None] * process_count()
-        dist.all_gather_object(contents, (name, content))
-        if self.args.should_save:
-            for other, state in contents:
-                (Path(output_dir) / other).write_bytes(state)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """A LeRobot policy folder plus critic, noise network and counters.
-
-        Args:
-            output_dir: The folder.
-            state_dict: Whole tensors of a sharded model, as `whole_state` gathers them.
-        """
-        folder = Path(output_dir or self.args.output_dir)
-        module = self.actor_critic
-        # the name that a checkpoint written aside will have
-        final = Path(self.args.output_dir) / folder.name if self._checkpoint_root else folder
-        save_policy(
-            folder,
-            self._loaded.policy,
-            self._loaded.preprocessor,
-            self._loaded.postprocessor,
-            state_dict=None if state_dict is None else _below(state_dict, POLICY_PREFIX),
-            tokenizer_name=str(final.absolute()),
-        )
-        save_heads(folder, module, state_dict)
-        (folder / RL_STATE_NAME).write_text(json.dumps(self.rl_state(), indent=2) + "\n")
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return self._checkpoint_root or super()._get_output_dir(trial)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Writes the checkpoint aside and renames it, so that a killed process never leaves half of one."""
-        final_root = Path(super()._get_output_dir(trial))
-        staging = final_root / ".incomplete"
-        if self.args.should_save:
-            shutil.rmtree(staging, ignore_errors=True)
-        self.accelerator.wait_for_everyone()
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
-        self._checkpoint_root = str(staging)
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            self._checkpoint_root, self.args.save_total_limit = None, limit
-        self.accelerator.wait_for_everyone()
-        name = f"checkpoint-{self.state.global_step}"
-        self._name_best_checkpoint(final_root)
-        if self.args.should_save:
-            self.state.save_to_json(str(staging / name / "trainer_state.json"))
-            shutil.rmtree(final_root / name, ignore_errors=True)
-            os.replace(staging / name, final_root / name)
-            staging.rmdir()
-            rotate_checkpoints(
-                output_dir=str(final_root),
-                save_total_limit=limit,
-                best_model_checkpoint=self.state.best_model_checkpoint,
-                use_mtime=True,
+            raise CheckpointError(
+                f"{self.args.output_dir} has no checkpoint to resume; leave resume_from_checkpoint out."
             )
-        self.accelerator.wait_for_everyone()
+        return str(last)
 
-    def _name_best_checkpoint(self, root: Path) -> None:
-        """The best checkpoint's final path, which the Trainer could not know while it wrote aside."""
-        best = self.state.best_global_step
-        if best:
-            folder = root / f"checkpoint-{best}"
-            if first_decides(lambda: folder.is_dir() or best == self.state.global_step):
-                self.state.best_model_checkpoint = str(folder)
+    def _checkpoints_at_once(self) -> int:
+        """How many checkpoints are on the disk at most, the one that is being written included."""
+        if self.args.save_strategy == SaveStrategy.NO:
+            return 1
+        steps = self.args.num_iterations * self.args.updates_per_iteration
+        every = self.args.save_steps if self.args.save_strategy == SaveStrategy.STEPS else 1
+        planned = int(steps // max(1, every))
+        return min(planned, self.args.save_total_limit or planned) + 1
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         """Weights, heads and counters of a checkpoint; refuses missing or mismatched tensors."""
         folder = Path(resume_from_checkpoint)
         state = all_succeed(lambda: self._checked_state(folder))
-        self._load_weights(folder)
         self.load_rl_state(state)
+        self._load_weights(folder)
+        if folder.resolve().parent == Path(self.args.output_dir).resolve():
+            self._saved_step = read_json(folder / TRAINER_STATE_NAME)["global_step"]
 
     def _load_weights(self, folder: Path) -> None:
         policy = self._loaded.policy
@@ -221,28 +193,239 @@ class CheckpointedTrainer(ShardedTrainer):
 
     def _checked_state(self, folder: Path) -> dict[str, Any]:
         """Counters of a checkpoint, if its iterations are as long as this run's."""
-        files = [folder / RL_STATE_NAME, folder / "trainer_state.json"]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise ValueError(
-                f"{folder} is no checkpoint of a training run ({', '.join(missing)} missing); give a checkpoint-N "
-                "folder, or start RL from it with model=."
-            )
-        state, trainer_state = (json.loads(file.read_text()) for file in files)
+        state, trainer_state = check_checkpoint(folder), read_json(folder / TRAINER_STATE_NAME)
         updates = self.args.updates_per_iteration
         if state["iteration"] * updates != trainer_state["global_step"]:
-            raise ValueError(
+            raise CheckpointError(
                 f"{folder} was written after {state['iteration']} iterations and {trainer_state['global_step']} "
                 f"optimiser steps; this run has {updates} optimiser steps per iteration. Resume with the settings "
                 "of that run and as many processes (with global_batch_size their number may change)."
             )
         return state
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        with keep_settings(self.optimizer, self.lr_scheduler):
+            load_whole_optimizer_state(self.optimizer, read_optimizer(folder))
+            self.lr_scheduler.load_state_dict(read_scheduler(folder))
+        self._load_rng_state(checkpoint)
+        self.remember_iteration()
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """This process's generators, as far as the checkpoint's run had such a process; last of what is resumed."""
+        if checkpoint is None:
+            return
+        file = Path(checkpoint) / rng_file(self.args.process_index)
+        if file.is_file():
+            restore_generators(read_json(file))
+        else:
+            logger.info(f"{checkpoint} is of a run with fewer processes: {file.name} is not in it.")
+
     def _load_best_model(self) -> None:
         best = first_decides(lambda: self.state.best_model_checkpoint)
         if best is not None:
             with reachable(best, self.args.device) as folder:
                 self._load_weights(folder)
+
+    # ---- the last completed iteration ------------------------------------------------------------------------------
+
+    def remember_iteration(self) -> None:
+        """Called when an iteration is complete: keeps what :meth:`rewind` needs."""
+        self._last_end = IterationEnd(
+            self.state.global_step,
+            self.state.epoch or 0.0,
+            self.rl_state(),
+            generator_states(),
+            self.lr_scheduler.state_dict(),
+        )
+
+    def rewind(self) -> None:
+        """Sets counters, generators and schedule back to the end of the last completed iteration.
+
+        Weights and optimiser stay as they are: a rollout or evaluation has not changed them.
+        """
+        end = self._last_end
+        if end is None:
+            raise RuntimeError("No iteration is complete.")
+        self.state.global_step, self.state.epoch = end.step, end.epoch
+        self.load_rl_state(end.rl_state)
+        restore_generators(end.generators)
+        self.lr_scheduler.load_state_dict(end.scheduler)
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
+
+    # ---- saving ----------------------------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Saves the policy folder; all processes call it, the first writes.
+
+        Args:
+            output_dir: The folder; the run's by default.
+            _internal_call: Of ``Trainer.save_model``.
+
+        Raises:
+            NotWritten: If the disk refuses; on all processes.
+        """
+        sharded = is_sharded(self.actor_critic)
+        state = whole_state(self.actor_critic, keep=self.args.process_index == 0) if sharded else None
+        self._write(Path(output_dir or self.args.output_dir), lambda: self._save(output_dir, state))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
+    def _write(self, folder: Path, write: Callable[[], None]) -> None:
+        """Lets the first process write; what the disk refuses is raised on all of them."""
+
+        def attempt() -> str | None:
+            try:
+                write()
+            except (OSError, SafetensorError) as error:
+                return why_not_written(folder.name, folder.parent, error, checkpoint_bytes(self.actor_critic))
+            return None
+
+        problem = first_decides(attempt)
+        if problem is not None:
+            raise NotWritten(problem)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """A LeRobot policy folder plus critic, noise network, counters and settings.
+
+        Args:
+            output_dir: The folder.
+            state_dict: Whole tensors of a sharded model, as `whole_state` gathers them.
+        """
+        folder = Path(output_dir or self.args.output_dir)
+        module = self.actor_critic
+        # the name that a checkpoint written aside will have
+        final = Path(self.args.output_dir) / folder.name if folder.parent == self._staging else folder
+        save_policy(
+            folder,
+            self._loaded.policy,
+            self._loaded.preprocessor,
+            self._loaded.postprocessor,
+            state_dict=None if state_dict is None else _below(state_dict, POLICY_PREFIX),
+            tokenizer_name=str(final.absolute()),
+        )
+        save_heads(folder, module, state_dict)
+        dump_config(self.settings or (self.args,), folder / CONFIG_NAME)
+        write_json(folder / RL_STATE_NAME, self.rl_state())
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """A checkpoint of the run; one in its middle that the disk refuses is a warning, the last one an error."""
+        try:
+            self.write_checkpoint()
+        except NotWritten as error:
+            self.failed_saves += 1
+            if self.state.global_step >= self.state.max_steps:
+                raise
+            if self.args.process_index == 0:
+                logger.warning(
+                    f"{error} Earlier checkpoints are intact and training goes on; checkpoints that failed so far: "
+                    f"{self.failed_saves}."
+                )
+
+    def write_checkpoint(self, *, delete_old: bool = True) -> Path:
+        """Writes a checkpoint aside and renames it, so that a killed process never leaves half of one.
+
+        A collective call.
+
+        Args:
+            delete_old: Whether checkpoints beyond ``save_total_limit`` are deleted.
+
+        Returns:
+            The folder, which the first process has.
+
+        Raises:
+            NotWritten: If the disk refuses, on all processes; what was begun is removed.
+        """
+        root = Path(self.args.output_dir)
+        final = root / f"checkpoint-{self.state.global_step}"
+        self._staging = root / STAGING_NAME
+        self.store_flos()
+        best = self.state.best_model_checkpoint
+        self._name_best_checkpoint(root)
+        try:
+            self._write_parts(self._staging / final.name, root)
+        except BaseException:
+            self.state.best_model_checkpoint = best
+            if self.args.process_index == 0:
+                shutil.rmtree(self._staging, ignore_errors=True)
+            raise
+        finally:
+            self._staging = None
+        self._saved_step = self.state.global_step
+        if self.args.push_to_hub:
+            self._push_from_checkpoint(str(final))
+        if delete_old and self.args.process_index == 0:
+            remove_old(root, self.args.save_total_limit, final, self.state.best_model_checkpoint)
+        self.accelerator.wait_for_everyone()
+        return final
+
+    def checkpoint_of_last_iteration(self, *, delete_old: bool = True) -> Path:
+        """The checkpoint of the last completed iteration, written if there is none; after :meth:`rewind`.
+
+        A collective call.
+
+        Args:
+            delete_old: Whether checkpoints beyond ``save_total_limit`` are deleted.
+
+        Raises:
+            NotWritten: If the disk refuses.
+        """
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+
+        def is_there() -> bool:
+            try:
+                check_checkpoint(folder)
+            except CheckpointError:
+                return False
+            return self._saved_step == self.state.global_step
+
+        return folder if first_decides(is_there) else self.write_checkpoint(delete_old=delete_old)
+
+    def _write_parts(self, staged: Path, root: Path) -> None:
+        """Policy, optimiser, generators, Trainer's state; the list of files last."""
+        final, first = root / staged.name, self.args.process_index == 0
+        self._write(final, lambda: shutil.rmtree(staged.parent, ignore_errors=True))
+        self.save_model(str(staged), _internal_call=True)
+        if is_sharded(self.actor_critic):
+            optimizer = whole_optimizer_state(self.optimizer, keep=first)
+        else:
+            optimizer = self.optimizer.state_dict() if first else {}
+        self._write(final, lambda: write_optimizer(staged, optimizer))
+        generators: list[Any] = [generator_states()]
+        if process_count() > 1:
+            own, generators = generators[0], [None] * process_count()
+            dist.all_gather_object(generators, own)
+
+        def finish() -> None:
+            write_scheduler(staged, self.lr_scheduler.state_dict())
+            for rank, states in enumerate(generators):
+                write_json(staged / rng_file(rank), states)
+            self._update_callback_states()
+            self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
+            names = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file())
+            write_json(staged / RL_STATE_NAME, {**self.rl_state(), "files": names})
+            publish(staged, root)
+
+        self._write(final, finish)
+
+    def _update_callback_states(self) -> None:
+        """What callbacks and the Trainer's control want to find again; a list where a class has several."""
+        states: dict[str, list[Any]] = {}
+        for callback in (*self.callback_handler.callbacks, self.control):
+            if isinstance(callback, ExportableState):
+                states.setdefault(type(callback).__name__, []).append(callback.state())
+        self.state.stateful_callbacks = {name: all_ if len(all_) > 1 else all_[0] for name, all_ in states.items()}
+
+    def _name_best_checkpoint(self, root: Path) -> None:
+        """The best checkpoint's path, if there is one or this is going to be it."""
+        best = self.state.best_global_step
+        if best:
+            folder = root / f"checkpoint-{best}"
+            if first_decides(lambda: folder.is_dir() or best == self.state.global_step):
+                self.state.best_model_checkpoint = str(folder)
 
 
 def _below(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -177,7 +177,7 @@ class FlowConfig(TrainingArguments):
         self._check_ranges()
         self.planned_eval_episodes = self.eval_episodes
         # what follows from other options; a written configuration leaves it out, so that it can be varied
-        self.derived = {"num_train_epochs"}
+        self.derived = {"num_train_epochs", "resume_from_checkpoint"}  # the latter is about one start, not the run
         if self.eval_episodes == 0:
             self.eval_on_start, self.eval_every_iterations = False, None
         self.num_train_epochs = self.num_iterations
@@ -369,6 +369,7 @@ class FlowConfig(TrainingArguments):
                 self.eval_episodes > 0 or self.eval_strategy in ("no", IntervalStrategy.NO),
                 "no when eval_episodes is 0",
             ),
+            ("save_only_model", not self.save_only_model, "false; save_model() writes the policy alone"),
             ("logging_nan_inf_filter", not self.logging_nan_inf_filter, "false (it would show a NaN loss as 0)"),
         ]
         optional = ("clip_range_high", "target_kl", "n_action_steps", "env_workers", "global_batch_size")

@@ -16,13 +16,14 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from pi_rl.argument_values import to_plain
 from pi_rl.envs.registry import make_env
 from pi_rl.envs.vector_env import VectorEnv
 from pi_rl.envs.workers import available_cores
 from pi_rl.flow.chain import Chain
 from pi_rl.policies.checkpoints import LoadedPolicy
 from pi_rl.policies.critic import ValueHead
-from pi_rl.policies.flow_policy import FlowPolicy, Prefix, check_compatibility
+from pi_rl.policies.flow_policy import FlowPolicy, check_compatibility
 from pi_rl.policies.input_storage import RECOMPUTE
 from pi_rl.progress import say
 from pi_rl.rl.advantages import normalize_advantages
@@ -36,12 +37,11 @@ from pi_rl.rollout.rollout import Rollout
 from pi_rl.rollout.zero_success import warn_about_zero_success
 from pi_rl.trainer.build import build_actor_critic, build_input_storage, load_model
 from pi_rl.trainer.callbacks import IterationReport
-from pi_rl.trainer.checkpointing import CheckpointedTrainer
+from pi_rl.trainer.disk import check_output_folder
 from pi_rl.trainer.flow_config import FlowConfig
 from pi_rl.trainer.metrics import MetricStore, all_reduce
+from pi_rl.trainer.preemption import InterruptibleTrainer
 from pi_rl.trainer.ticks import TickDataset, tick_loader
-
-FIRST_RATIO_LIMIT, LIVE_RATIO_LIMIT = 0.05, 0.5
 
 
 @dataclasses.dataclass
@@ -63,7 +63,7 @@ class Estimates:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-class FlowTrainer(CheckpointedTrainer):
+class FlowTrainer(InterruptibleTrainer):
     """What reinforcement learning of flow-matching policies has in common; the base of PPO and GRPO.
 
     One Hugging Face epoch is one iteration: at its first tick the policy acts in every environment, the algorithm
@@ -115,6 +115,8 @@ class FlowTrainer(CheckpointedTrainer):
             )
         if args.auto_find_batch_size:
             raise ValueError("auto_find_batch_size is not supported: the batch arithmetic fixes the minibatches.")
+        if args.process_index == 0:
+            check_output_folder(args.output_dir)
         set_seed(args.seed)
         self.args = args
         self._loaded = load_model(model, args, processors)
@@ -127,7 +129,7 @@ class FlowTrainer(CheckpointedTrainer):
         self._encodes_again = False
         self._minibatch_kl = torch.zeros((), dtype=torch.float64)
         self._clock: dict[str, float] = {}
-        self._env_owned = isinstance(env, str)
+        self._env_owned, self._env_options = isinstance(env, str), dict(env_kwargs or {})
         ticks = args.updates_per_iteration * args.gradient_accumulation_steps
         super().__init__(
             model=actor_critic,
@@ -143,7 +145,7 @@ class FlowTrainer(CheckpointedTrainer):
             self.remove_callback(default)
         self.report = IterationReport(main=args.process_index == 0)
         self.add_callback(self.report)
-        self.env = self._make_env(env, dict(env_kwargs or {}))
+        self.env = self._make_env(env)
         try:
             self._connect(self._loaded)
         except BaseException:
@@ -182,14 +184,19 @@ class FlowTrainer(CheckpointedTrainer):
         """Sum over all processes."""
         return all_reduce(self.accelerator, values, "sum")
 
+    def rl_state(self) -> dict[str, Any]:
+        """Counters, and the environment: its options are known where the trainer made it, else null."""
+        options = to_plain(self._env_options, strict=False) if self._env_owned else None
+        return {**super().rl_state(), "env": {"name": self.env.spec.name, "options": options}}
+
     # ---- construction ----------------------------------------------------------------------------------------------
 
-    def _make_env(self, env: str | VectorEnv, env_kwargs: dict[str, Any]) -> VectorEnv:
+    def _make_env(self, env: str | VectorEnv) -> VectorEnv:
         local = self.args.num_envs // self.args.world_size
         if isinstance(env, str):
             cores = max(1, available_cores() // self.args.world_size)
             workers = self.args.env_workers or cores * self.args.pipeline_stages
-            return make_env(env, local, min(workers, local), **env_kwargs)
+            return make_env(env, local, min(workers, local), **self._env_options)
         if env.num_envs != local:
             raise ValueError(
                 f"The environment has {env.num_envs} slots, but num_envs={self.args.num_envs} over "
@@ -293,7 +300,11 @@ class FlowTrainer(CheckpointedTrainer):
         model = self.actor_critic
         model.sampler = dataclasses.replace(model.sampler, noise_level=level)
         self._rollout = self._buffer = None  # frees the last rollout before the next is collected
-        self._rollout = self.collector.collect(self.iteration, self.report.rollout_progress)
+        self._rollout = self.until_told(
+            lambda progress: self.collector.collect(self.iteration, progress),
+            self.report.rollout_progress,
+            in_step=True,
+        )
         self._clock["time/rollout"] = time.perf_counter() - started
         self._clock["time/update"] = 0.0
         self._prepare_buffer(self._rollout)
@@ -368,7 +379,7 @@ class FlowTrainer(CheckpointedTrainer):
         critic_loss, critic_metrics = self.critic_loss(values, batch)
         entropy = score.entropy.mean()
         loss = self.policy_loss_weight() * (policy_loss - args.entropy_coefficient * entropy) + critic_loss
-        self._guard(loss, score.log_prob, values, batch, tick)
+        self.guard(loss, score.log_prob, values, batch, tick)
         self.metrics.add(
             {
                 "policy/loss": policy_loss,
@@ -381,41 +392,8 @@ class FlowTrainer(CheckpointedTrainer):
         )
         self._check_target_kl(diagnostics["approx_kl"], share, tick)
         self.report.update_progress(tick + 1, len(self._micro_batches))
-        scaled = loss * share * args.gradient_accumulation_steps * args.world_size
+        scaled = self.poisoned(loss) * share * args.gradient_accumulation_steps * args.world_size
         return (scaled, score) if return_outputs else scaled
-
-    def _guard(self, loss: Tensor, log_prob: Tensor, values: Tensor | None, batch: Minibatch, tick: int) -> None:
-        """Stops at the first value that is not finite, and when sampling and scoring disagree."""
-        if not torch.isfinite(loss):
-            parts = {
-                "log-probs": log_prob,
-                "values": values,
-                "rollout log-probs": batch.log_prob,
-                "advantages": batch.advantages,
-                "returns": batch.returns,
-                "prefix": batch.inputs.kv if isinstance(batch.inputs, Prefix) else None,
-            }
-            broken = [name for name, tensor in parts.items() if tensor is not None and not tensor.isfinite().all()]
-            raise FloatingPointError(
-                f"The loss is {loss.item()} in iteration {self.iteration}, tick {tick}; not finite: "
-                f"{', '.join(broken) or 'only the loss itself'}. Lower learning_rate or max_grad_norm, raise "
-                "the noise (noise_level or noise_std_min), and resume from the last checkpoint."
-            )
-        if tick == 0:
-            error = (log_prob.detach() - batch.log_prob).exp().sub(1).abs().max()
-            self.metrics.add({"policy/ratio_error_first": error}, 1)
-            if error > self._first_ratio_limit():
-                raise RuntimeError(
-                    f"The first minibatch's probability ratio is off by {error.item():.3g} before any update "
-                    f"(allowed: {self._first_ratio_limit()}). Sampling and scoring disagree: check that the policy "
-                    "runs in the same precision and attention implementation in both."
-                )
-
-    def _first_ratio_limit(self) -> float:
-        """A reduced-precision VLM that encodes again in batches of another size rounds differently."""
-        policy = self.actor_critic.policy
-        reduced = self.args.bf16 or any(parameter.dtype != torch.float32 for parameter in policy.parameters())
-        return LIVE_RATIO_LIMIT if self._encodes_again and reduced else FIRST_RATIO_LIMIT
 
     def _check_target_kl(self, approx_kl: Tensor, share: float, tick: int) -> None:
         """After the last micro-batch of a minibatch, decides for all processes whether the iteration goes on."""
@@ -461,15 +439,19 @@ class FlowTrainer(CheckpointedTrainer):
         ids = evaluation_ids(self.env.spec, self.args.eval_episodes)
         # blocks, not strides: tasks alternate in `ids`, and every process should have episodes of each
         mine = np.array_split(np.arange(len(ids)), self.args.world_size)[self.args.process_index]
-        local = evaluate_policy(
-            self.actor_critic,
-            self.env,
-            self.io,
-            ids[mine],
-            seed=self.args.eval_seed,
-            batch_size=self.rows_at_once(),
-            progress=self.report.evaluation_progress,
-            agree=self.agree,
+        local = self.until_told(
+            lambda progress: evaluate_policy(
+                self.actor_critic,
+                self.env,
+                self.io,
+                ids[mine],
+                seed=self.args.eval_seed,
+                batch_size=self.rows_at_once(),
+                progress=progress,
+                agree=self.agree,
+            ),
+            self.report.evaluation_progress,
+            in_step=False,
         )
         outcome = torch.zeros(4, len(ids), dtype=torch.float64)
         for row, values in zip(outcome, (local.success, local.length, local.returns, local.failed), strict=True):

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
-_USER_ERRORS = (ValueError, RuntimeError, TypeError, OSError)
+_USER_ERRORS = (ValueError, RuntimeError, TypeError, OSError, ArithmeticError)
 _PIECE = 32 * 2**20  # bytes that travel at once
 _PROBE = 2**20  # bytes at a file's two ends that tell whether two files are the same
 
@@ -21,6 +21,12 @@ _PROBE = 2**20  # bytes at a file's two ends that tell whether two files are the
 def process_count() -> int:
     """Number of processes of this run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def leave_process_group() -> None:
+    """Ends this process's part in a distributed run; the group's threads would abort an interpreter that ends first."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def first_decides[T](decide: Callable[[], T]) -> T:

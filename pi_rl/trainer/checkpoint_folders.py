@@ -1,0 +1,213 @@
+"""Checkpoint folders of a run on disk: which are complete, which is the newest, what may be deleted.
+
+A checkpoint is written into `.incomplete/`, flushed to disk and renamed, so a killed process leaves the earlier ones
+as they were. `rl_state.json` is written last and lists the other files.
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers.trainer import TRAINER_STATE_NAME
+
+from pi_rl.__about__ import __version__
+from pi_rl.arguments import CONFIG_NAME
+from pi_rl.policies.checkpoints import CONFIG_FILE, POSTPROCESSOR_FILE, PREPROCESSOR_FILE
+from pi_rl.policies.weight_files import WEIGHTS_FILE, read_header, some_of
+from pi_rl.policies.weights import flush_to_disk
+from pi_rl.progress import say
+from pi_rl.trainer.plain_state import OPTIMIZER_TENSORS, OPTIMIZER_VALUES, SCHEDULER_FILE, read_json, rng_file
+
+RL_STATE_NAME = "rl_state.json"
+STAGING_NAME = ".incomplete"
+FORMAT = 1
+"""Number of the layout of a checkpoint; raised when an older pi_rl could not read a newer one's."""
+_NAME = re.compile(r"checkpoint-(\d+)")
+_REQUIRED = (
+    CONFIG_FILE,
+    PREPROCESSOR_FILE,
+    POSTPROCESSOR_FILE,
+    WEIGHTS_FILE,
+    CONFIG_NAME,
+    OPTIMIZER_TENSORS,
+    OPTIMIZER_VALUES,
+    SCHEDULER_FILE,
+    rng_file(0),
+)
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be resumed; the message says why and what to do."""
+
+
+def check_checkpoint(folder: Path) -> dict[str, Any]:
+    """Refuses a checkpoint that is incomplete, damaged, foreign or of a newer pi_rl; reads no tensors.
+
+    Args:
+        folder: A checkpoint-N folder.
+
+    Returns:
+        What its rl_state.json holds.
+
+    Raises:
+        CheckpointError: Naming the file and what is wrong with it.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"The checkpoint {folder} does not exist; give a checkpoint-N folder of a run.")
+    missing = [name for name in (RL_STATE_NAME, TRAINER_STATE_NAME) if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{folder} is no checkpoint of a training run ({', '.join(missing)} missing); give a checkpoint-N folder, "
+            "or start RL from it with model=."
+        )
+    try:
+        state = read_json(folder / RL_STATE_NAME)
+        _check_format(folder, state)
+        listed = state.get("files", [])
+        missing = sorted(name for name in {*_REQUIRED, *listed} if not (folder / name).is_file())
+        if missing or not listed:
+            lacking = some_of(missing) or f"the list of files in {RL_STATE_NAME}"
+            raise CheckpointError(
+                f"The checkpoint {folder} is incomplete: {lacking} missing. "
+                "Give another checkpoint-N folder of that run, or copy this one again."
+            )
+        _check_files(folder)
+    except CheckpointError:
+        raise
+    except (ValueError, OSError) as error:
+        raise CheckpointError(str(error)) from error
+    return state
+
+
+def _check_format(folder: Path, state: Any) -> None:
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
+        raise CheckpointError(
+            f"{folder / RL_STATE_NAME} is no state of pi_rl (format missing); give a checkpoint-N folder of a run."
+        )
+    if state["format"] > FORMAT:
+        raise CheckpointError(
+            f"{folder} was written by pi_rl {state.get('pi_rl')} in format {state['format']}; this is pi_rl "
+            f"{__version__}, which reads formats up to {FORMAT}. Install that version or a later one."
+        )
+
+
+def _check_files(folder: Path) -> None:
+    """Opens every file: headers and sizes of tensors, all of the texts."""
+    for path in sorted(folder.rglob("*")):
+        if path.suffix == ".safetensors":
+            read_header(path)  # which compares the file's size with what it should hold
+        elif path.suffix == ".json":
+            read_json(path)
+    try:
+        yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{folder / CONFIG_NAME} is not valid YAML: {' '.join(str(error).split())}") from error
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """The checkpoint-N folders of a run, complete or not, in the order of N."""
+    found = [path for path in root.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """N of a folder checkpoint-N: optimiser steps made before it was written."""
+    match = _NAME.fullmatch(folder.name)
+    if match is None:
+        raise ValueError(f"{folder} is not named checkpoint-N.")
+    return int(match[1])
+
+
+def newest_checkpoint(root: Path) -> Path | None:
+    """The newest checkpoint that is complete and readable; says which newer ones are not, and why.
+
+    Args:
+        root: Output folder of the run.
+    """
+    for folder in reversed(checkpoints(root)):
+        try:
+            check_checkpoint(folder)
+        except CheckpointError as error:
+            say(f"Skipping {folder.name}: {error}")
+        else:
+            return folder
+    return None
+
+
+def publish(staged: Path, root: Path) -> Path:
+    """Gives a complete checkpoint its name in the run's folder, in place of an earlier one of that name.
+
+    Args:
+        staged: The folder below `.incomplete/`.
+        root: Output folder of the run.
+
+    Returns:
+        Where the checkpoint is now.
+    """
+    for path in (*staged.rglob("*"), staged):
+        flush_to_disk(path)
+    final = root / staged.name
+    if final.exists():
+        os.rename(final, staged.with_name("replaced"))
+    os.rename(staged, final)
+    flush_to_disk(root)
+    shutil.rmtree(staged.parent)
+    return final
+
+
+def clean_up(root: Path) -> None:
+    """Removes what a killed process was writing; what was complete, but not renamed yet, becomes a checkpoint.
+
+    Args:
+        root: Output folder of the run.
+    """
+    staging = root / STAGING_NAME
+    for folder in checkpoints(staging):
+        if not (root / folder.name).exists() and _is_readable(folder):
+            publish(folder, root)
+            return
+    if staging.exists():
+        shutil.rmtree(staging)
+        say(f"Removed a checkpoint that was not written to the end ({staging}).")
+
+
+def remove_old(root: Path, limit: int | None, keep: Path, best: str | None) -> None:
+    """Deletes checkpoints beyond ``save_total_limit``, never the last readable one.
+
+    Damaged checkpoints do not count. They are deleted too where a readable one is at least as new.
+
+    Args:
+        root: Output folder of the run.
+        limit: Readable checkpoints to keep, the best among them; None keeps all.
+        keep: The checkpoint that was just written.
+        best: Folder of the best one, if any.
+    """
+    if limit is None or limit <= 0:
+        return
+    readable = [folder for folder in _by_age(root) if _is_readable(folder)]
+    protected = {folder for folder in readable if folder == keep or (best and folder.name == Path(best).name)}
+    if keep not in protected:
+        return  # what was written cannot be read: nothing else may be given up for it
+    old = [folder for folder in readable if folder not in protected]
+    for folder in old[: max(0, len(readable) - max(limit, len(protected)))]:
+        shutil.rmtree(folder, ignore_errors=True)
+    for folder in checkpoints(root):
+        if folder not in readable and step_of(folder) <= step_of(keep):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _by_age(root: Path) -> Iterator[Path]:
+    """Oldest first by when they were written: a run that was resumed from an early one leaves later ones behind."""
+    yield from sorted(checkpoints(root), key=lambda folder: (folder.stat().st_mtime_ns, step_of(folder)))
+
+
+def _is_readable(folder: Path) -> bool:
+    try:
+        check_checkpoint(folder)
+    except CheckpointError:
+        return False
+    return True

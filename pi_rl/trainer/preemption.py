@@ -1,0 +1,238 @@
+"""What a run does when it is told to end: SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (SLURM's ``--signal=USR1@600``).
+
+An update goes on to the end of its iteration. A rollout or evaluation ends at once: it has not changed the weights, so
+the state is that of the last completed iteration. That state is saved, and the run ends. The same signal a second
+time ends it at once, without saving.
+"""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, Self
+
+import torch
+from torch import nn
+
+from pi_rl.progress import ProgressFn, say
+from pi_rl.trainer.checkpoint_folders import RL_STATE_NAME
+from pi_rl.trainer.metrics import all_reduce
+from pi_rl.trainer.not_finite import FiniteTrainer
+from pi_rl.trainer.plain_state import read_json
+from pi_rl.trainer.processes import leave_process_group
+
+SAVED_EXIT_CODE = 75
+"""EX_TEMPFAIL of sysexits.h, "try again": the state is saved and the same command goes on. 143 and 130 are what a
+shell reports of a process that a signal killed, and would say nothing about that."""
+SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
+SAME_REQUEST_S = 3.0
+"""Within it signals are one request: Ctrl-C in a terminal reaches every process, and a launcher passes it on."""
+
+
+class Preempted(SystemExit):
+    """The run was told to end by a signal other than Ctrl-C and has saved its state; ends the program with code 75.
+
+    Attributes:
+        checkpoint: What to resume; None where no iteration was complete.
+    """
+
+    def __init__(self, message: str, checkpoint: Path | None) -> None:
+        super().__init__(SAVED_EXIT_CODE)
+        self.message, self.checkpoint = message, checkpoint
+
+    def __str__(self) -> str:
+        return self.message
+
+
+class SavedInterrupt(KeyboardInterrupt):
+    """Ctrl-C, after the state was saved.
+
+    Attributes:
+        checkpoint: What to resume; None where no iteration was complete.
+    """
+
+    def __init__(self, message: str, checkpoint: Path | None) -> None:
+        super().__init__(message)
+        self.checkpoint = checkpoint
+
+
+class _Stop(Exception):
+    """All processes have agreed to end the run because of a signal."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+class _CutShort(Exception):
+    """This process was told to end during a rollout or evaluation."""
+
+
+class StopSignals:
+    """Notes signals instead of dying of them, while the block runs; only in the main thread, which alone can.
+
+    A signal that was ignored before (``nohup``) stays ignored.
+
+    Attributes:
+        received: The first signal's number; 0 before there was one.
+        active: Whether the block runs and signals are noted.
+
+    Args:
+        announce: Whether this process says that it was told to end.
+    """
+
+    def __init__(self, *, announce: bool) -> None:
+        self.received = 0
+        self.active = False
+        self.saving = False
+        self._announce = announce
+        self._since = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        self.received = 0
+        self.active = threading.current_thread() is threading.main_thread()
+        for signum in SIGNALS if self.active else ():
+            if signal.getsignal(signum) is not signal.SIG_IGN:
+                self._before[signum] = signal.signal(signum, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+        self.active = False
+
+    def _restore(self) -> None:
+        for signum, handler in self._before.items():
+            signal.signal(signum, handler)
+        self._before.clear()
+
+    def _note(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self.received:
+            self.received, self._since = signum, now
+            if self._announce:  # not print: the signal may have interrupted one
+                text = f"\n{signal.Signals(signum).name}: the run ends after this iteration and is saved. "
+                os.write(2, f"{text}Once more ends it at once, without saving.\n".encode())
+        elif now - self._since > SAME_REQUEST_S and not self.saving:
+            self._restore()
+            signal.raise_signal(signum)
+
+
+class InterruptibleTrainer(FiniteTrainer):
+    """A trainer that saves its state when it is told to end."""
+
+    _signals: StopSignals | None = None
+    _evaluation_due = False
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Trains; a signal to end saves the last completed iteration first.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder, or True for the newest readable one in ``output_dir``.
+            *args: Of ``Trainer.train``.
+            **kwargs: Of ``Trainer.train``.
+
+        Raises:
+            SavedInterrupt: A KeyboardInterrupt, after Ctrl-C.
+            Preempted: A SystemExit with code 75, after another signal.
+            CheckpointError: If the checkpoint cannot be resumed.
+            NotWritten: If the last checkpoint cannot be written.
+        """
+        self._asked_first_evaluation = self.args.eval_on_start
+        self._last_end = self._saved_step = None
+        self._evaluation_due = False
+        with StopSignals(announce=self.args.process_index == 0) as self._signals:
+            try:
+                return super().train(resume_from_checkpoint, *args, **kwargs)
+            except _Stop as stop:
+                self._signals.saving = True
+                self._end_after_saving(stop.signum)
+            finally:
+                self.args.eval_on_start = self._asked_first_evaluation
+
+    def _end_after_saving(self, signum: int) -> NoReturn:
+        """Writes the checkpoint of the last completed iteration, unless there is one, and raises."""
+        while self.env.pending_chunks:
+            self.env.finish_chunk()
+        name = signal.Signals(signum).name
+        if self._last_end is None:
+            checkpoint, text = None, f"Ended by {name} before an iteration was complete: there is nothing to resume."
+        else:
+            self.rewind()
+            checkpoint = self.checkpoint_of_last_iteration()
+            text = f"Ended by {name}; {checkpoint} is complete, resume_from_checkpoint=True goes on from it."
+        say(text, enabled=self.args.process_index == 0)
+        if signum == signal.SIGINT:
+            raise SavedInterrupt(text, checkpoint) from None
+        leave_process_group()
+        raise Preempted(text, checkpoint) from None
+
+    def until_told[T](self, act: Callable[[ProgressFn], T], progress: ProgressFn, *, in_step: bool) -> T:
+        """Runs a rollout or an evaluation, which ends when any process was told to end; a collective call.
+
+        Args:
+            act: Takes the function to report progress to, which ends it.
+            progress: Shows progress.
+            in_step: Whether all processes report progress equally often, so that a sharded model's can agree there.
+        """
+
+        def watched(done: int, total: int, text: str) -> None:
+            progress(done, total, text)
+            told = self._signals is not None and self._signals.received > 0
+            if (in_step or not self.is_fsdp_enabled) and self.agree(told):
+                raise _CutShort
+
+        try:
+            result = act(watched)
+        except _CutShort:
+            self.end_if_told()
+            raise RuntimeError("The processes do not agree on the end of the run.") from None
+        self.end_if_told()
+        return result
+
+    def end_if_told(self) -> None:
+        """Ends the run on all processes if any of them was told to; a collective call."""
+        if self._signals is None or not self._signals.active:
+            return
+        told = all_reduce(self.accelerator, torch.tensor(self._signals.received), "max")
+        if told:
+            raise _Stop(int(told))
+
+    def rl_state(self) -> dict[str, Any]:
+        """Counters, and whether the checkpoint's evaluation was cut short."""
+        return {**super().rl_state(), "evaluation_due": self._evaluation_due}
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        # a resumed run has had its first evaluation; it makes up for one that was cut short
+        self._evaluation_due = read_json(Path(resume_from_checkpoint) / RL_STATE_NAME)["evaluation_due"]
+        self.args.eval_on_start = self._evaluation_due
+
+    def _evaluate(self, trial: Any, ignore_keys_for_eval: list[str] | None, skip_scheduler: bool = False) -> Any:
+        try:
+            metrics = super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
+        except _Stop:
+            self._evaluation_due = self._last_end is not None
+            raise
+        if self._evaluation_due:
+            self._evaluation_due = False
+            self._determine_best_metric(metrics, trial)
+        return metrics
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        self.args.eval_on_start = self._asked_first_evaluation
+        super()._run_epoch(*args, **kwargs)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """At the end of an iteration, its state can be saved: here the run ends if it was told to."""
+        complete = self.state.global_step % self.args.updates_per_iteration == 0
+        if complete:
+            self.check_parameters()
+            self.remember_iteration()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        if complete:
+            self.remember_iteration()
+            self.end_if_told()
