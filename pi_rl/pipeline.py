@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from pi_rl.__about__ import package_versions
-from pi_rl.arguments import changed_settings, dump_config, launch_command, parse_recipe_arguments
-from pi_rl.progress import Progress, say
+from pi_rl.arguments import Program, changed_settings, dump_config, launch_command, parse_recipe_arguments
+from pi_rl.progress import Progress, log_beside_progress, say
 from pi_rl.recipe_arguments import RecipeArguments
 
 if TYPE_CHECKING:
@@ -40,6 +40,8 @@ def _set_up() -> Iterator[None]:
     """Marks what fails in it as the user's to put right, so that a recipe ends with a message, not a traceback."""
     try:
         yield
+    except BrokenPipeError:  # whoever read our output has gone: nobody's mistake
+        raise
     except (ValueError, RuntimeError, TypeError, OSError) as error:
         raise RecipeError(str(error)) from error
 
@@ -115,10 +117,14 @@ def recipe_main(
     *,
     output_dir: str = "outputs/run",
     algorithm: str = "ppo",
+    program: Program | None = None,
 ) -> None:
     """:func:`run_recipe` as a program: what the user can put right is printed in one paragraph, with exit code 2."""
+    log_beside_progress()
     try:
-        run_recipe(description, default_config, noise, argv, output_dir=output_dir, algorithm=algorithm)
+        run_recipe(
+            description, default_config, noise, argv, output_dir=output_dir, algorithm=algorithm, program=program
+        )
     except RecipeError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -141,6 +147,7 @@ def run_recipe(
     *,
     output_dir: str = "outputs/run",
     algorithm: str = "ppo",
+    program: Program | None = None,
 ) -> Path:
     """Runs a recipe from its command line.
 
@@ -151,6 +158,7 @@ def run_recipe(
         argv: Arguments; the process's by default.
         output_dir: The run's folder, unless a file or the command line says otherwise.
         algorithm: "ppo" or "grpo".
+        program: The command that runs the recipe, where it is not a script in ``recipes/``.
 
     Returns:
         The run's output folder.
@@ -170,6 +178,7 @@ def run_recipe(
             defaults={"noise": noise, "output_dir": output_dir},
             description=description,
             argv=arguments,
+            program=program,
         )
     if config.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # small models lose more than they gain by threads, and simulators want the cores
@@ -177,7 +186,7 @@ def run_recipe(
         recipe,
         config,
         algorithm,
-        launch_command(f"recipes/{Path(sys.argv[0]).name}", arguments),
+        launch_command(program or f"recipes/{Path(sys.argv[0]).name}", arguments),
     )
     with _set_up():
         spec = check_name_and_options(recipe.env, run.env_options)
@@ -256,7 +265,9 @@ def _prepare_folder(run: _Run) -> None:
             )
         run.claimed = not config.exists()
         run.folder.mkdir(parents=True, exist_ok=True)
-        if changed := changed_settings((run.recipe, run.rl), config):
+        changed = changed_settings((run.recipe, run.rl), config)
+        # a run that was moved, or is named from elsewhere, is the same run
+        if changed := [line for line in changed if not line.startswith("output_dir:")]:
             raise ValueError(
                 f"{run.folder} holds a run with other settings ({'; '.join(changed[:6])}). Give another --output_dir, "
                 "delete the folder, or repeat the command of that run to continue it."
