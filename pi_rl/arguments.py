@@ -15,7 +15,7 @@ import os
 import shlex
 import sys
 import textwrap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -60,6 +60,23 @@ class _Option:
         return self.field.default
 
 
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """How a command that takes a recipe's options is called, for its help and for the command that repeats a run.
+
+    Attributes:
+        name: Words before the options, such as ``"pi-rl train"``.
+        options: What it takes besides a recipe's options: (option, text) each, for the help only.
+        examples: Command lines to show at the end of the help.
+        find_config: Turns what ``--config`` names into a file; raises :class:`ArgumentsError`.
+    """
+
+    name: str
+    options: tuple[tuple[str, str], ...] = ()
+    examples: tuple[str, ...] = ()
+    find_config: Callable[[str], Path] = Path
+
+
 def option(default: Any, group: str, text: str) -> Any:
     """A dataclass field of a recipe: its default, the topic it stands under in ``--help``, and its help text."""
     metadata = {"group": group, "help": text}
@@ -75,6 +92,7 @@ def parse_recipe_arguments(
     defaults: Mapping[str, Any] | None = None,
     description: str = "",
     argv: Sequence[str] | None = None,
+    program: Program | None = None,
 ) -> tuple[Any, ...]:
     """Builds a recipe's dataclasses from the command line and a YAML file.
 
@@ -92,6 +110,7 @@ def parse_recipe_arguments(
         defaults: Values that this recipe starts from instead of the fields' defaults.
         description: First paragraphs of ``--help``.
         argv: Arguments without the program's name; those of the process by default.
+        program: How the command is called; by default by the name of its script.
 
     Returns:
         One instance per class, in the order of ``dataclass_types``.
@@ -102,15 +121,16 @@ def parse_recipe_arguments(
         TypeError: If the classes themselves do not fit together (a mistake in the recipe, not of the user).
         SystemExit: With status 0 after ``--help`` and ``--help_all``.
     """
+    program = program or Program(Path(sys.argv[0]).name)
     options = _collect_options(dataclass_types)
     words = list(sys.argv[1:] if argv is None else argv)
     if not {"-h", "--help", "--help_all", "--help-all"}.isdisjoint(words):
         everything = not {"--help_all", "--help-all"}.isdisjoint(words)
-        print(_format_help(options, description, default_config, everything))
+        print(_format_help(options, description, default_config, everything, program))
         raise SystemExit(0)
     given = _parse_words(options, words)
     config = given.pop("config", None)
-    file = Path(config) if config is not None else default_config
+    file = program.find_config(config) if config is not None else default_config
     values: dict[str, Any] = {}
     for key, value in (defaults or {}).items():
         values[key] = _checked(options, key, value, "in the recipe's defaults")
@@ -119,6 +139,15 @@ def parse_recipe_arguments(
     for key, value in given.items():
         values[key] = _checked(options, key, value, "on the command line")
     return tuple(_instantiate(kind, options, values) for kind in dataclass_types)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The keys and values of a YAML file and the files it inherits from, as they are written there.
+
+    Raises:
+        ArgumentsError: A file is missing, no YAML, no mapping, or inherits from itself.
+    """
+    return {key: value for key, (value, _) in _read_config(path, ()).items()}
 
 
 def dump_config(instances: Iterable[Any], path: Path | str) -> None:
@@ -154,14 +183,21 @@ def changed_settings(instances: Iterable[Any], path: Path | str) -> list[str]:
     return [line[1:] for line in lines if line[0] in "+-"]
 
 
-def launch_command(script: str, words: Sequence[str]) -> str:
+def launch_command(script: str | Program, words: Sequence[str]) -> str:
     """The command line that repeats a run, to be shown to others: paths of this machine appear by their last part.
 
     Args:
-        script: Recipe, such as ``"recipes/sft.py"``.
+        script: Recipe, such as ``"recipes/sft.py"``, or command of ``pi-rl``, which has to be launched only where
+            there are several processes.
         words: Its arguments.
     """
-    return shlex.join(["accelerate", "launch", script, *map(without_folder, words)])
+    if isinstance(script, str):
+        start = ["accelerate", "launch", script]
+    elif int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        start = ["accelerate", "launch", "-m", "pi_rl", *script.name.split()[1:]]
+    else:
+        start = script.name.split()
+    return shlex.join([*start, *map(without_folder, words)])
 
 
 def without_folder(word: str) -> str:
@@ -364,11 +400,15 @@ def _unchanged(value: Any) -> Any:
     return type(value)()
 
 
-def _format_help(options: dict[str, _Option], description: str, config: Path | None, everything: bool) -> str:
+def _format_help(
+    options: dict[str, _Option], description: str, config: Path | None, everything: bool, program: Program
+) -> str:
     """Text of ``--help``: options by topic."""
-    lines = [f"usage: {Path(sys.argv[0]).name} [--config FILE] [--option VALUE ...]", "", description.strip(), ""]
+    lines = [f"usage: {program.name} [--config FILE] [--option VALUE ...]", "", description.strip(), ""]
     without = f"; without it, {_shown(config)} is read" if config is not None else ""
-    lines += ["Configuration", *_entry("--config FILE", f"YAML file with option names as keys{without}")]
+    lines += ["Configuration"]
+    for head, text in (("--config FILE", f"YAML file with option names as keys{without}"), *program.options):
+        lines += _entry(head, text)
     lines += _entry("--help, --help_all", "this text; the same with the options of Transformers")
     group = ""
     for option in options.values():
@@ -385,6 +425,8 @@ def _format_help(options: dict[str, _Option], description: str, config: Path | N
     hidden = sum(option.inherited for option in options.values())
     if hidden and not everything:
         lines += [f"{hidden} options of Hugging Face TrainingArguments are accepted too: --help_all prints them."]
+    if program.examples:
+        lines += ["", "examples:", *(f"  {example}" for example in program.examples)]
     return "\n".join(lines)
 
 

@@ -19,8 +19,15 @@ from typing import TYPE_CHECKING, Any
 import psutil
 
 from pi_rl.__about__ import package_versions
-from pi_rl.arguments import CONFIG_NAME, changed_settings, dump_config, launch_command, parse_recipe_arguments
-from pi_rl.progress import Progress, say
+from pi_rl.arguments import (
+    CONFIG_NAME,
+    Program,
+    changed_settings,
+    dump_config,
+    launch_command,
+    parse_recipe_arguments,
+)
+from pi_rl.progress import Progress, log_beside_progress, say
 from pi_rl.recipe_arguments import RecipeArguments
 
 if TYPE_CHECKING:
@@ -41,6 +48,8 @@ def _set_up() -> Iterator[None]:
     """Marks what fails in it as the user's to put right, so that a recipe ends with a message, not a traceback."""
     try:
         yield
+    except BrokenPipeError:  # whoever read our output has gone: nobody's mistake
+        raise
     except (ValueError, RuntimeError, TypeError, OSError) as error:
         raise RecipeError(str(error)) from error
 
@@ -117,14 +126,18 @@ def recipe_main(
     *,
     output_dir: str = "outputs/run",
     algorithm: str = "ppo",
+    program: Program | None = None,
 ) -> None:
     """:func:`run_recipe` as a program.
 
     Exit codes: 0 done, 2 something that the user can put right (printed in one paragraph), 75 ended by a signal with
     its state saved, 1 anything else.
     """
+    log_beside_progress()
     try:
-        run_recipe(description, default_config, noise, argv, output_dir=output_dir, algorithm=algorithm)
+        run_recipe(
+            description, default_config, noise, argv, output_dir=output_dir, algorithm=algorithm, program=program
+        )
     except RecipeError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -141,6 +154,7 @@ def run_recipe(
     *,
     output_dir: str = "outputs/run",
     algorithm: str = "ppo",
+    program: Program | None = None,
 ) -> Path:
     """Runs a recipe from its command line.
 
@@ -151,6 +165,7 @@ def run_recipe(
         argv: Arguments; the process's by default.
         output_dir: The run's folder, unless a file or the command line says otherwise.
         algorithm: "ppo" or "grpo".
+        program: The command that runs the recipe, where it is not a script in ``recipes/``.
 
     Returns:
         The run's output folder.
@@ -171,6 +186,7 @@ def run_recipe(
             defaults={"noise": noise, "output_dir": output_dir},
             description=description,
             argv=arguments,
+            program=program,
         )
     if config.device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # small models lose more than they gain by threads, and simulators want the cores
@@ -178,7 +194,7 @@ def run_recipe(
         recipe,
         config,
         algorithm,
-        launch_command(f"recipes/{Path(sys.argv[0]).name}", arguments),
+        launch_command(program or f"recipes/{Path(sys.argv[0]).name}", arguments),
         arguments,
     )
     with _set_up():
@@ -287,7 +303,9 @@ def _prepare_folder(run: _Run) -> None:
             check_checkpoint(Path(run.rl.resume_from_checkpoint))
         run.claimed = not config.exists()
         check_output_folder(run.folder)
-        if changed := changed_settings((run.recipe, run.rl), config):
+        changed = changed_settings((run.recipe, run.rl), config)
+        # a run that was moved, or is named from elsewhere, is the same run
+        if changed := [line for line in changed if not line.startswith("output_dir:")]:
             raise ValueError(
                 f"{run.folder} holds a run with other settings ({'; '.join(changed[:6])}). Give another --output_dir, "
                 "delete the folder, or repeat the command of that run to continue it."

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pi_rl.arguments import changed_settings, dump_config, launch_command, option, parse_recipe_arguments
+from pi_rl.arguments import Program, changed_settings, dump_config, launch_command, option, parse_recipe_arguments
 from pi_rl.pipeline import RecipeError
 from pi_rl.progress import Progress, say
 from pi_rl.trainer.sft import last_checkpoint, launched_rank, run_sft
@@ -148,16 +148,29 @@ class _Plan:
         )
 
 
-def sft_main(description: str, default_config: Path | None, argv: Sequence[str] | None = None) -> None:
+def work_folder(output: Path) -> Path:
+    """Where everything of an unfinished run lies.
+
+    Args:
+        output: Its ``output_dir``.
+    """
+    return output.with_name(f".{output.name}.partial")
+
+
+def sft_main(
+    description: str, default_config: Path | None, argv: Sequence[str] | None = None, *, program: Program | None = None
+) -> None:
     """:func:`run_sft_recipe` as a program: what the user can put right is printed in one paragraph, exit code 2."""
     try:
-        run_sft_recipe(description, default_config, argv)
+        run_sft_recipe(description, default_config, argv, program=program)
     except RecipeError as error:
         print(f"\nerror: {error}", file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def run_sft_recipe(description: str, default_config: Path | None, argv: Sequence[str] | None = None) -> Path:
+def run_sft_recipe(
+    description: str, default_config: Path | None, argv: Sequence[str] | None = None, *, program: Program | None = None
+) -> Path:
     """Fine-tunes a policy as the command line says.
 
     Under a launcher with several processes all of them train, each on its share of the batch.
@@ -166,6 +179,7 @@ def run_sft_recipe(description: str, default_config: Path | None, argv: Sequence
         description: Text of ``--help``.
         default_config: YAML file used when no ``--config`` is given.
         argv: Arguments; the process's by default.
+        program: The command that runs the recipe, where it is not ``recipes/sft.py``.
 
     Returns:
         The fine-tuned policy's folder.
@@ -176,7 +190,11 @@ def run_sft_recipe(description: str, default_config: Path | None, argv: Sequence
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         (args,) = parse_recipe_arguments(
-            (SftArguments,), default_config=default_config, description=description, argv=arguments
+            (SftArguments,),
+            default_config=default_config,
+            description=description,
+            argv=arguments,
+            program=program,
         )
         main, processes = launched_rank() == 0, int(os.environ.get("WORLD_SIZE", "1"))
         output = Path(args.output_dir)
@@ -186,7 +204,7 @@ def run_sft_recipe(description: str, default_config: Path | None, argv: Sequence
         say(plan.describe(args, processes), enabled=main)
         if args.dry_run:
             return output
-        return _train(args, plan, output, main, launch_command("recipes/sft.py", arguments))
+        return _train(args, plan, output, main, launch_command(program or "recipes/sft.py", arguments))
     except (ValueError, RuntimeError, OSError) as error:
         raise RecipeError(str(error)) from error
 
@@ -234,7 +252,7 @@ def _make_plan(args: SftArguments, processes: int) -> _Plan:
 
 
 def _train(args: SftArguments, plan: _Plan, output: Path, main: bool, command: str) -> Path:
-    work = output.with_name(f".{output.name}.partial")
+    work = work_folder(output)
     first_prepares(lambda: _prepare(work, args, plan))
     if not (work / START_NAME).is_dir():
         raise RuntimeError(
@@ -295,7 +313,8 @@ def _prepare(work: Path, args: SftArguments, plan: _Plan) -> None:
 def _claim(work: Path, args: SftArguments) -> None:
     """Writes the run's settings into its work folder; refuses a checkpoint of a run with others."""
     work.mkdir(parents=True, exist_ok=True)
-    if changed := changed_settings((args,), work / CONFIG_NAME):
+    changed = changed_settings((args,), work / CONFIG_NAME)
+    if changed := [line for line in changed if not line.startswith("output_dir:")]:
         if last_checkpoint(work) is not None:
             raise ValueError(
                 f"{work} holds an unfinished run with other settings ({'; '.join(changed[:6])}). "

@@ -2,15 +2,17 @@
 
 import difflib
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
 
 from pi_rl.__about__ import __version__
 from pi_rl.cli.parser import UserError
+from pi_rl.progress import log_beside_progress
 
 COMMANDS = {
-    "demo": ("pi_rl.cli.demo", "from nothing to a policy that improves, in minutes: the quick start at a reduced size"),
+    "demo": ("pi_rl.cli.demo", "from nothing to a policy that improves, in minutes: a small quick start"),
     "train": ("pi_rl.cli.train", "reinforcement learning, from a recipe's YAML file"),
     "sft": ("pi_rl.cli.sft", "few-shot supervised fine-tuning, from a recipe's YAML file"),
     "eval": ("pi_rl.cli.eval", "success of a policy on fixed initial states: table, JSON, videos; resumable"),
@@ -37,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         of a simulator (with traceback), 130 interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["help"] and len(words) > 1:
+        words = [words[1], "--help"]
     if not words or words[0] in ("-h", "--help", "help"):
         print(_help())
         return OK
@@ -44,19 +48,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"pi_rl {__version__}")
         return OK
     name, *rest = words
+    log_beside_progress()
     try:
         if name not in COMMANDS:
             raise UserError(_unknown(name))
-        return importlib.import_module(COMMANDS[name][0]).run(rest)
+        code = importlib.import_module(COMMANDS[name][0]).run(rest)
+        sys.stdout.flush()
+        return code
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt as interrupt:
         print(f"\ninterrupted{f': {interrupt}' if str(interrupt) else ''}", file=sys.stderr)
         return INTERRUPTED
-    except SystemExit as end:  # argparse, after --help
+    except SystemExit as end:  # argparse after --help, and recipes, which print their own messages
         return OK if end.code is None else int(end.code)
     except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more at its end
         return FAILED  # whoever read our output has gone
     except Exception:
         traceback.print_exc()

@@ -33,9 +33,12 @@ class CommandParser(argparse.ArgumentParser):
         name: Of the subcommand.
         description: First paragraphs of the help.
         examples: Commands to show below the options.
+        add_help: False leaves `--help` to whoever reads the remaining words.
     """
 
-    def __init__(self, name: str, description: str, examples: Sequence[str] = ()) -> None:
+    def __init__(
+        self, name: str, description: str = "", examples: Sequence[str] = (), *, add_help: bool = True
+    ) -> None:
         shown = "\n".join(["examples:", *(f"  {example}" for example in examples)]) if examples else None
         super().__init__(
             prog=f"pi-rl {name}",
@@ -43,11 +46,20 @@ class CommandParser(argparse.ArgumentParser):
             epilog=shown,
             formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, max_help_position=30, width=WIDTH),
             allow_abbrev=False,
+            add_help=add_help,
         )
 
     def error(self, message: str) -> NoReturn:
         """Raises instead of leaving the interpreter."""
         raise UserError(f"{message[:1].upper()}{message[1:]}. `{self.prog} --help` lists the options.")
+
+    def split(self, argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+        """The options that are this parser's, and the remaining words for another one.
+
+        Raises:
+            UserError: An option is missing or does not fit.
+        """
+        return self.parse_known_args([underscored(word) for word in argv])
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
         """The options of a command line.
@@ -56,7 +68,7 @@ class CommandParser(argparse.ArgumentParser):
             UserError: One is unknown, missing or does not fit.
             SystemExit: With status 0 after `--help`.
         """
-        values, rest = self.parse_known_args([underscored(word) for word in argv])
+        values, rest = self.split(argv)
         if not rest:
             return values
         known = [text for action in self._actions for text in action.option_strings if text.startswith("--")]

@@ -3,31 +3,36 @@
 import argparse
 import json
 from collections.abc import Sequence
-from pathlib import Path
 
-from pi_rl.cli.parser import CommandParser, UserError, parse_mapping, positive, underscored, user_errors
+from pi_rl.cli.parser import CommandParser, parse_mapping, positive, user_errors
+from pi_rl.recipe_configs import algorithm_of, find_config
 
 DEVICE_GB, HOST_GB, DISK_GB = 80.0, 128.0, 0.0
 _DESCRIPTION = """\
 Predicts memory of each device, host memory, disk, FLOPs and seconds of a run, without weights and without a GPU: the
 run's own model code is executed at its real size on tensors that have no content, and what it would allocate and
-compute is counted. Options of the run (see `python recipes/ppo_flow_sde.py --help`) are accepted too and override the
+compute is counted. Options of the run (see `pi-rl train --help`) are accepted too and override the
 file. Seconds come from assumed rates, which are printed. Takes up to a minute."""
 _EXAMPLES = (
-    "pi-rl plan --config recipes/configs/libero/pi0_long_flow_sde.yaml --bf16 --device_memory_gb 24 --num_envs 16",
-    "pi-rl plan --config recipes/configs/libero/pi05_long_flow_sde.yaml --bf16 --num_gpus 8 --json",
-    "pi-rl plan --config recipes/configs/libero/pi0_long_flow_sde.yaml --num_gpus 64 --assume network_gb_s=20",
+    "pi-rl plan --config libero/pi0_long_flow_sde --bf16 --device_memory_gb 24 --num_envs 16",
+    "pi-rl plan --config libero/pi05_long_flow_sde --bf16 --num_gpus 8 --json",
+    "pi-rl plan --config libero/pi0_long_flow_sde --num_gpus 64 --assume network_gb_s=20",
 )
 
 
 def _parser() -> CommandParser:
     parser = CommandParser("plan", _DESCRIPTION, _EXAMPLES)
     run = parser.add_argument_group("the run")
-    run.add_argument("--config", required=True, metavar="FILE", help="the recipe's YAML file")
+    run.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE|NAME",
+        help="recipe: YAML file, or name (`pi-rl train --list`)",
+    )
     run.add_argument(
         "--algorithm",
         choices=("ppo", "grpo"),
-        help="default: grpo if the file's name has it, else ppo",
+        help="default: grpo if the file sets group_size, else ppo",
     )
     run.add_argument("--model_type", choices=("pi0", "pi05"), help="where the checkpoint is not at hand")
     run.add_argument(
@@ -74,11 +79,10 @@ def run(argv: Sequence[str]) -> int:
     Returns:
         0, also for a plan that does not fit: its first line says so.
     """
-    parser = _parser()
-    values, rest = parser.parse_known_args([underscored(word) for word in argv])
+    values, rest = _parser().split(argv)
     assumed = parse_mapping(values.assume, "--assume")
-    if not Path(values.config).is_file():
-        raise UserError(f"--config {values.config} is no file; give one of recipes/configs.")
+    with user_errors():
+        config = find_config(values.config)
     # heavy; after everything that can be refused at once
     from pi_rl.planning.assumptions import Assumptions
     from pi_rl.planning.memory import GB, Machine
@@ -95,14 +99,14 @@ def run(argv: Sequence[str]) -> int:
             gpu=not values.cpu,
         )
         question = Question(
-            algorithm=values.algorithm or ("grpo" if "grpo" in Path(values.config).stem else "ppo"),
+            algorithm=values.algorithm or algorithm_of(config),
             machine=machine,
             assumptions=Assumptions().changed(assumed),
             model_type=values.model_type,
             horizon=values.horizon,
             language_tokens=values.language_tokens,
         )
-        plan = make_plan(["--config", values.config, *rest], question)
+        plan = make_plan(["--config", str(config), *rest], question)
     print(json.dumps(plan.as_dict(), indent=2) if values.json else plan_text(plan))
     return 0
 

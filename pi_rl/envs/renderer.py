@@ -46,11 +46,12 @@ def child_environment(renderer: str) -> dict[str, str]:
     }
 
 
-def probe_renderer(name: str) -> str | None:
+def probe_renderer(name: str, timeout_s: float = PROBE_TIMEOUT_S) -> str | None:
     """Renders one frame with the named library in a process of its own (a broken driver may abort the process).
 
     Args:
         name: One of `RENDERERS`.
+        timeout_s: Seconds after which the process is ended.
 
     Returns:
         None when a frame with the expected content came out, else the last line of what went wrong.
@@ -58,10 +59,10 @@ def probe_renderer(name: str) -> str | None:
     command = [sys.executable, "-P", "-m", "pi_rl.envs.renderer"]
     try:
         done = subprocess.run(
-            command, env=child_environment(name), capture_output=True, text=True, timeout=PROBE_TIMEOUT_S, check=False
+            command, env=child_environment(name), capture_output=True, text=True, timeout=timeout_s, check=False
         )
     except subprocess.TimeoutExpired:
-        return f"no frame within {PROBE_TIMEOUT_S:.0f} s"
+        return f"no frame within {timeout_s:.0f} s"
     if done.returncode == 0:
         return None
     lines = done.stderr.strip().splitlines() or ["no message"]

@@ -43,11 +43,12 @@ def explain(problem: str, device: str = "cpu") -> str:
     return f"ManiSkill could not draw on the {device.upper().replace('CUDA', 'GPU')} ({problem}). {ADVICE[device]}"
 
 
-def probe(device: str = "cpu") -> str | None:
+def probe(device: str = "cpu", timeout_s: float = PROBE_TIMEOUT_S) -> str | None:
     """Draws an image with SAPIEN in a process of its own (a broken driver may abort the process); takes 5 to 15 s.
 
     Args:
         device: One of `DEVICES`.
+        timeout_s: Seconds after which the process is ended.
 
     Returns:
         None when an image with the expected content came out, else the last line of what went wrong.
@@ -65,11 +66,11 @@ def probe(device: str = "cpu") -> str | None:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=PROBE_TIMEOUT_S,
+            timeout=timeout_s,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return f"no image within {PROBE_TIMEOUT_S:.0f} s"
+        return f"no image within {timeout_s:.0f} s"
     if done.returncode == 0:
         return None
     lines = done.stderr.strip().splitlines() or ["no message"]

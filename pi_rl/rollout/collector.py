@@ -1,6 +1,7 @@
 """One rollout: the policy acts with noise in every environment for T chunks, and what was done is kept."""
 
 import logging
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -165,7 +166,7 @@ class RolloutCollector:
             memory.
         """
         self.model.eval()
-        self._iteration = iteration
+        self._iteration, self._started = iteration, time.perf_counter()
         if self._inputs is not None:
             self._inputs.clear()
         tasks = self.env.spec.tasks
@@ -413,7 +414,8 @@ class RolloutCollector:
     def _progress_text(self) -> str:
         episodes, successes = self._statistics.per_task.sum(0)[:2]
         rate = f"{successes / episodes:.2f}" if episodes else "–"
-        return f"success {rate}"
+        steps = self._statistics.env_steps
+        return f"success {rate}  {steps:,} steps  {steps / (time.perf_counter() - self._started):.0f}/s"
 
 
 def check_groups(num_envs: int, group_size: int, *, auto_reset: bool) -> None:

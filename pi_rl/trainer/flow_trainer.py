@@ -143,7 +143,7 @@ class FlowTrainer(InterruptibleTrainer):
         self.model_accepts_loss_kwargs = False
         for default in (PrinterCallback, ProgressCallback):
             self.remove_callback(default)
-        self.report = IterationReport(main=args.process_index == 0)
+        self.report = IterationReport(main=args.process_index == 0, bars=not args.disable_tqdm)
         self.add_callback(self.report)
         self.env = self._make_env(env)
         try:
@@ -391,7 +391,7 @@ class FlowTrainer(InterruptibleTrainer):
             len(batch) if share > 0 else 0,
         )
         self._check_target_kl(diagnostics["approx_kl"], share, tick)
-        self.report.update_progress(tick + 1, len(self._micro_batches))
+        self.report.update_progress(tick + 1, len(self._micro_batches), diagnostics)
         scaled = self.poisoned(loss) * share * args.gradient_accumulation_steps * args.world_size
         return (scaled, score) if return_outputs else scaled
 
