@@ -1,0 +1,318 @@
+"""Uploads of policies to the Hugging Face Hub: one commit, repeated where that can help, with the outcome as a value.
+
+The Hub's client itself repeats requests of the upload (429, 5xx, broken connections); what it sends only once, the
+creation of the repository and the commit, is repeated here. Contents that the Hub already has are not sent again, so a
+push that was interrupted is completed by repeating it.
+"""
+
+import json
+import shlex
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from pi_rl.hub.push_contents import CARD_NAME, Contents, policy_contents, policy_folder_of, run_folder_of
+from pi_rl.secrets import redacted
+
+WAITS_S = (1.0, 4.0, 16.0)
+"""Seconds before each repetition of what the client sends once; the Hub's Retry-After counts where it is longer."""
+_LONGEST_WAIT_S = 300.0
+_SENT_ONCE = ("/api/repos/create", "/api/validate-yaml", "/api/models/")
+_PASSING = (408, 409, 412, 425, 429, 500, 502, 503, 504)
+_LONGEST_REASON = 400
+
+
+@dataclass(frozen=True, kw_only=True)
+class PushOutcome:
+    """What became of a push.
+
+    Attributes:
+        repo_id: "user/name".
+        command: Shell command that repeats it.
+        url: Page of the repository (at the revision); None after a failure.
+        commit: Hash of the commit that holds the files; None after a failure.
+        changed: Whether a commit was made; False when the Hub had everything already.
+        files: Paths in the repository.
+        size: Bytes of these files, whether they had to be sent or not.
+        error: Why it failed and what helps, without access tokens; None after success.
+        refused: Whether the Hub refused it for a reason that the user can change, rather than failed.
+    """
+
+    repo_id: str
+    command: str
+    url: str | None = None
+    commit: str | None = None
+    changed: bool = False
+    files: tuple[str, ...] = ()
+    size: int = 0
+    error: str | None = None
+    refused: bool = False
+
+
+def push_folder(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    message: str = "Upload policy",
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+) -> PushOutcome:
+    """Uploads the policy of a folder with its card and results.
+
+    A policy without a card gets one in its folder first.
+
+    Args:
+        folder: A run's output folder, a checkpoint of one, or a policy folder.
+        repo_id: "user/name"; the repository is created if it does not exist.
+        message: Of the commit.
+        private: True creates a private repository, and refuses a public one that exists; None leaves it to the Hub.
+        revision: Branch to commit to; it is created if it does not exist. None is main.
+        token: With write access; by default HF_TOKEN or that of `hf auth login`.
+
+    Raises:
+        ValueError: The folder holds no complete policy, its card cannot be read, or `repo_id` is none. What goes wrong
+            with the Hub is in the outcome.
+    """
+    check_repo_id(repo_id)
+    with_card(folder, repo_id)
+    return push_contents(
+        policy_contents(folder, repo_id),
+        repo_id,
+        command=push_command(folder, repo_id, private=bool(private), revision=revision),
+        message=message,
+        private=private,
+        revision=revision,
+        token=token,
+    )
+
+
+def push_contents(
+    contents: Contents,
+    repo_id: str,
+    *,
+    command: str,
+    message: str = "Upload policy",
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    waits: Sequence[float] | None = None,
+) -> PushOutcome:
+    """Uploads chosen files as one commit.
+
+    Args:
+        contents: The files.
+        repo_id: "user/name".
+        command: What repeats it, for the outcome.
+        message: Of the commit.
+        private: See :func:`push_folder`.
+        revision: See :func:`push_folder`.
+        token: See :func:`push_folder`.
+        waits: Seconds before each repetition; None takes `WAITS_S`.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=token)
+    about: dict[str, Any] = {"repo_id": repo_id, "command": command}
+    about |= {"files": tuple(contents.files), "size": contents.bytes}
+    try:
+        before = prepare_repo(api, repo_id, private=private, revision=revision, waits=waits)
+        commit = _repeating(lambda: _commit(api, contents.files, repo_id, message, revision), waits)
+    except Exception as error:
+        return PushOutcome(**about, error=reason_of(error, repo_id, token), refused=_is_refusal(error))
+    url = f"{api.endpoint}/{repo_id}" + (f"/tree/{quote(revision, safe='')}" if revision else "")
+    return PushOutcome(**about, url=url, commit=commit.oid, changed=commit.oid != before)
+
+
+def prepare_repo(
+    api: Any, repo_id: str, *, private: bool | None, revision: str | None, waits: Sequence[float] | None = None
+) -> str | None:
+    """Creates repository and branch where they do not exist.
+
+    Args:
+        api: `HfApi`.
+        repo_id: "user/name".
+        private: See :func:`push_folder`.
+        revision: See :func:`push_folder`.
+        waits: Seconds before each repetition; None takes `WAITS_S`.
+
+    Returns:
+        Hash of the last commit there.
+
+    Raises:
+        ValueError: A private repository was asked for, and it is public.
+        huggingface_hub.errors.HfHubHTTPError: The Hub refused.
+        httpx.TransportError: The Hub cannot be reached.
+    """
+    _repeating(lambda: api.create_repo(repo_id, private=private, exist_ok=True), waits)
+    if private and not _repeating(lambda: api.repo_info(repo_id), waits).private:
+        raise ValueError(
+            f"{repo_id} exists and is public, and a private repository was asked for; nothing was uploaded. Make it "
+            "private on its settings page, or give another name."
+        )
+    if revision:
+        _repeating(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), waits)
+    return _repeating(lambda: api.repo_info(repo_id, revision=revision), waits).sha
+
+
+def _commit(api: Any, files: Mapping[str, Path | bytes], repo_id: str, message: str, revision: str | None) -> Any:
+    from huggingface_hub import CommitOperationAdd
+
+    # made anew for each try: the client then asks again what the Hub has, also of a commit whose answer was lost
+    additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=source) for name, source in files.items()]
+    return api.create_commit(repo_id, additions, commit_message=message, revision=revision)
+
+
+def _repeating(action: Callable[[], Any], waits: Sequence[float] | None) -> Any:
+    """The action's result; it is tried again after errors that pass and that the client does not repeat itself."""
+    for wait in WAITS_S if waits is None else waits:
+        try:
+            return action()
+        except Exception as error:
+            asked = _wait_asked_for(error)
+            if asked is None or asked > _LONGEST_WAIT_S:
+                raise
+            time.sleep(max(wait, asked))
+    return action()
+
+
+def _wait_asked_for(error: Exception) -> float | None:
+    """Seconds that the Hub asks to wait, 0 if it does not say; None if repeating does not help."""
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, json.JSONDecodeError):
+        return 0.0  # the client reads an overloaded server's error page as the answer to its check of the card
+    if isinstance(error, HfHubHTTPError):
+        response = error.response
+        if response.status_code not in _PASSING or not _sent_once(response.request):
+            return None
+        after = response.headers.get("Retry-After", "")
+        return float(after) if after.isdecimal() else 0.0
+    return 0.0 if isinstance(error, httpx.TransportError) and _sent_once(error.request) else None
+
+
+def _sent_once(request: Any) -> bool:
+    """Whether the client sends a request only once."""
+    path = request.url.path
+    return "/preupload/" not in path and any(part in path for part in _SENT_ONCE)
+
+
+def reason_of(error: BaseException, repo_id: str, token: str | None = None) -> str:
+    """What went wrong with the Hub and what helps, in one paragraph without access tokens.
+
+    Args:
+        error: What the client raised.
+        repo_id: "user/name".
+        token: The token that was used, if it was given.
+    """
+    import httpx
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    error = _cause(error)
+    if isinstance(error, OfflineModeIsEnabled):
+        text = "the offline mode is on (HF_HUB_OFFLINE=1); unset it to upload"
+    elif isinstance(error, HfHubHTTPError):
+        text = f"{_help_for(error.response.status_code, repo_id)} ({_told(error)})"
+    elif isinstance(error, httpx.TransportError):
+        text = f"the Hub cannot be reached ({type(error).__name__}: {error}); check the network and HF_ENDPOINT"
+    else:
+        text = f"{error}" or type(error).__name__
+    text = " ".join(text.split())
+    if token:
+        text = text.replace(token, "hf_***")
+    return redacted(text)
+
+
+def _is_refusal(error: BaseException) -> bool:
+    """Whether the same push will fail again until the user changes something."""
+    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    error = _cause(error)
+    if isinstance(error, HfHubHTTPError):
+        return error.response.status_code not in _PASSING
+    return isinstance(error, OfflineModeIsEnabled | ValueError) and not isinstance(error, json.JSONDecodeError)
+
+
+def _cause(error: BaseException) -> BaseException:
+    """What is behind the client's "Error while uploading"."""
+    import httpx
+
+    while isinstance(error.__cause__, httpx.HTTPError):
+        error = error.__cause__
+    return error
+
+
+def _told(error: Any) -> str:
+    """Status and the server's own words."""
+    words = error.server_message or str(error)
+    return f"{error.response.status_code}: {' '.join(words.split())[:_LONGEST_REASON]}"
+
+
+def _help_for(status: int, repo_id: str) -> str:
+    namespace = repo_id.partition("/")[0]
+    texts = {
+        401: "the Hub did not accept the access: log in with `hf auth login` or set HF_TOKEN, and check that "
+        f"{repo_id} is yours",
+        403: f"the token may not write to {namespace}: give one with write access to it",
+        404: f"the Hub does not know {repo_id}, or hides it from this token",
+        409: f"{repo_id} is being changed by somebody else; repeat the push",
+        412: f"{repo_id} was changed meanwhile; repeat the push",
+        429: "the Hub asks for fewer requests; repeat the push later",
+    }
+    return texts.get(status, "the Hub failed; repeat the push later" if status >= 500 else "the Hub refused")
+
+
+def check_repo_id(repo_id: str) -> None:
+    """Refuses what cannot be a repository's name.
+
+    Raises:
+        ValueError: It is not of the form "user/name".
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ValueError(f"{repo_id!r} cannot be a repository: {error}") from error
+    if repo_id.count("/") != 1:
+        raise ValueError(f"{repo_id!r} has no owner: give the repository as user/name.")
+
+
+def with_card(folder: str | Path, repo_id: str) -> Path:
+    """The policy's card; one is written if there is none.
+
+    Raises:
+        ValueError: The folder holds no policy, or the card's metadata cannot be read.
+    """
+    from huggingface_hub import ModelCard
+
+    from pi_rl.hub.checkpoint_card import write_checkpoint_card
+
+    policy = policy_folder_of(folder)
+    card = policy / CARD_NAME
+    if not card.is_file():
+        write_checkpoint_card(policy, run_folder=run_folder_of(Path(folder)), repo_id=repo_id)
+    try:
+        ModelCard.load(card)
+    except Exception as error:  # the YAML parser has error classes of its own
+        raise ValueError(f"The metadata of {card} cannot be read: {' '.join(str(error).split())}") from error
+    return card
+
+
+def push_command(folder: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
+    """The shell command that pushes a folder.
+
+    Args:
+        folder: As the user knows it.
+        repo_id: "user/name".
+        private: Whether a private repository was asked for.
+        revision: Branch, if it is not main.
+    """
+    words = ["pi-rl", "push", str(folder), "--repo", repo_id]
+    words += [*(["--private"] if private else []), *(["--revision", revision] if revision else [])]
+    return shlex.join(words)

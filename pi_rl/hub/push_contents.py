@@ -1,0 +1,271 @@
+"""What of a folder goes to the Hub: the policy, its card and results; no pickles, no data sets, no paths of a machine.
+
+Files are chosen by name, so that nothing is published because it happened to lie there. Small text files are sent
+without access tokens and without paths of this machine; everything else is sent as it is.
+"""
+
+import fnmatch
+import json
+import re
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from pi_rl.policies.checkpoints import (
+    ADAPTER_FOLDER,
+    CONFIG_FILE,
+    CRITIC_FILE,
+    NOISE_NETWORK_FILE,
+    PREPROCESSOR_FILE,
+    TOKENIZER_FILES,
+    has_tokenizer_files,
+    set_tokenizer_name,
+)
+from pi_rl.policies.weight_files import INDEX_FILE
+from pi_rl.policies.wrap import supported_config_types
+from pi_rl.secrets import redacted
+
+CARD_NAME = "README.md"
+RUN_CONFIG_NAME = "pi_rl_config.yaml"
+POLICY_FOLDER = "policy"
+LAST_CHECKPOINT = "last-checkpoint"
+_LOCAL_PLACE = "path/to/this/folder"  # what a card of an unpublished policy says in its example
+_POLICY_FILES = (
+    CARD_NAME,
+    CONFIG_FILE,
+    "model*.safetensors",
+    INDEX_FILE,
+    "policy_preprocessor*",
+    "policy_postprocessor*",
+    CRITIC_FILE,
+    NOISE_NETWORK_FILE,
+    "rl_state.json",
+    "train_config.json",
+    RUN_CONFIG_NAME,
+    "sft_config.yaml",
+    "results.json",
+    "*.png",
+    "*.gif",
+    "*.mp4",
+    *TOKENIZER_FILES,
+)
+_RUN_FILES = ("results.json", "learning_curve.png", "before_after.mp4", RUN_CONFIG_NAME)
+_SUBFOLDERS = {ADAPTER_FOLDER: ("*.safetensors", "*.json", "README.md"), "videos": ("*.mp4", "*.gif", "*.png")}
+_SUFFIXES = (".safetensors", ".json", ".yaml", ".md", ".png", ".gif", ".mp4", ".model", ".jinja")
+_PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+_TEXTS = (".json", ".yaml", ".md")
+_PATH = re.compile(r"(?<![\w/.:~-])/(?P<first>[^\s/\"'`<>]+)(?:/[^\s/\"'`<>,;:)\]}]+)+")
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What is uploaded, and what is not.
+
+    Attributes:
+        files: Path in the repository to a local file, or to the content itself where it differs from the file.
+        left_out: Path below the folder to the reason why it stays here.
+    """
+
+    files: dict[str, Path | bytes]
+    left_out: dict[str, str]
+
+    @property
+    def bytes(self) -> int:
+        """Size of all files."""
+        return sum(map(size_of, self.files.values()))
+
+
+def policy_folder_of(folder: str | Path) -> Path:
+    """The policy in a folder that a user names.
+
+    Args:
+        folder: A run's output folder, a checkpoint of one, or a policy folder.
+
+    Returns:
+        The folder itself, or its `policy/`.
+
+    Raises:
+        ValueError: There is no policy, or one of a type that this package does not know.
+    """
+    given = Path(folder)
+    if not given.is_dir():
+        raise ValueError(f"{given} is no folder; give a run's output folder, a checkpoint-N or a policy folder.")
+    for candidate in (given, given / POLICY_FOLDER):
+        if (candidate / CONFIG_FILE).is_file():
+            _check_policy(candidate)
+            return candidate
+    raise ValueError(
+        f"{given} holds no policy ({CONFIG_FILE} is missing in it and in its {POLICY_FOLDER}/). Give a finished run's "
+        "output folder, a checkpoint-N folder or a policy folder."
+    )
+
+
+def run_folder_of(folder: Path) -> Path | None:
+    """The output folder of the run that a folder belongs to.
+
+    Args:
+        folder: A run's output folder, or one in it.
+
+    Returns:
+        The folder with the run's settings; None for a policy outside of a run.
+    """
+    place = folder.absolute()
+    return next((path for path in (place, place.parent) if (path / RUN_CONFIG_NAME).is_file()), None)
+
+
+def _check_policy(folder: Path) -> None:
+    try:
+        kind = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE} is not a policy's configuration: {error}") from error
+    if kind not in (types := supported_config_types()):
+        raise ValueError(f"{folder / CONFIG_FILE} has type {kind!r}; supported types are {types}.")
+    if not (any(folder.glob("model*.safetensors"))):
+        raise ValueError(f"{folder} has no weights (model.safetensors is missing); give a complete policy folder.")
+
+
+def policy_contents(folder: str | Path, repo_id: str) -> Contents:
+    """What of a folder becomes the root of a repository.
+
+    Args:
+        folder: A run's output folder, a checkpoint of one, or a policy folder.
+        repo_id: "user/name": the name by which the uploaded configuration refers to the uploaded tokenizer.
+
+    Raises:
+        ValueError: There is no policy, or it refers to a tokenizer that is only on this machine.
+    """
+    policy = policy_folder_of(folder)
+    run = run_folder_of(Path(folder))
+    files: dict[str, Path | bytes] = {}
+    left_out: dict[str, str] = {}
+    for path in _all_files(policy):
+        name = path.relative_to(policy).as_posix()
+        if _belongs_to_policy(name):
+            files[name] = path
+        else:
+            left_out[name] = _reason(path)
+    if run is not None:
+        for name in _RUN_FILES:
+            # beside a checkpoint lie the results of the run's end, which are not that checkpoint's
+            if (run / name).is_file() and (policy.name == POLICY_FOLDER or name == RUN_CONFIG_NAME):
+                files.setdefault(name, run / name)
+        if policy.name == POLICY_FOLDER:
+            files |= {f"videos/{path.name}": path for path in sorted((run / "videos").glob("*.mp4"))}
+    return Contents(_publishable(files, policy, repo_id), left_out)
+
+
+def checkpoint_contents(folder: str | Path, repo_id: str, inside: str) -> Contents:
+    """A whole checkpoint, with the state of optimiser and Trainer, as a subfolder of a repository.
+
+    Args:
+        folder: A checkpoint-N folder.
+        repo_id: "user/name".
+        inside: Name of the subfolder.
+
+    Raises:
+        ValueError: There is no policy, or it refers to a tokenizer that is only on this machine.
+    """
+    checkpoint = Path(folder)
+    _check_policy(checkpoint)
+    chosen: dict[str, Path | bytes] = {}
+    left_out: dict[str, str] = {}
+    for path in _all_files(checkpoint):
+        name = path.relative_to(checkpoint).as_posix()
+        if path.suffix in _SUFFIXES and name != CARD_NAME:
+            chosen[name] = path
+        else:
+            left_out[f"{inside}/{name}"] = _reason(path)
+    ready = _publishable(chosen, checkpoint, repo_id)
+    return Contents({f"{inside}/{name}": source for name, source in ready.items()}, left_out)
+
+
+def _all_files(folder: Path) -> list[Path]:
+    """Files of a folder and its subfolders; hidden ones are no part of it."""
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def _belongs_to_policy(name: str) -> bool:
+    parent, _, last = name.rpartition("/")
+    if Path(name).suffix in _PICKLES:
+        return False
+    patterns = _SUBFOLDERS.get(parent, ()) if parent else _POLICY_FILES
+    return any(fnmatch.fnmatchcase(last, pattern) for pattern in patterns)
+
+
+def _reason(path: Path) -> str:
+    return "a pickle, which can run code when it is loaded" if path.suffix in _PICKLES else "no part of a policy"
+
+
+def _publishable(files: dict[str, Path | bytes], policy: Path, repo_id: str) -> dict[str, Path | bytes]:
+    """The files with what is only true on this machine replaced in the small texts."""
+    renamed = _with_tokenizer_name(policy, repo_id)
+    known = sorted({str(path) for path in (policy.absolute(), policy.absolute().parent, Path.home(), Path.cwd())})
+    return {
+        name: _publishable_file(source, renamed.get(name), known, repo_id) for name, source in sorted(files.items())
+    }
+
+
+def _publishable_file(source: Path | bytes, text: str | None, known: list[str], repo_id: str) -> Path | bytes:
+    if not isinstance(source, Path):
+        return source
+    vocabulary = source.name in TOKENIZER_FILES and source.name != "tokenizer_config.json"
+    if source.suffix not in _TEXTS or vocabulary:
+        return source
+    original = source.read_text(encoding="utf-8")
+    changed = without_machine(original if text is None else text, known)
+    if source.name == CARD_NAME:
+        changed = changed.replace(_LOCAL_PLACE, repo_id)
+    return source if changed == original else changed.encode()
+
+
+def without_machine(text: str, known: list[str]) -> str:
+    """A text without access tokens, and with paths of this machine by their last part.
+
+    Args:
+        text: JSON, YAML or Markdown.
+        known: Folders of this machine, which may have spaces in their names.
+    """
+    for prefix in sorted(known, key=len, reverse=True):
+        if prefix != "/":
+            text = text.replace(f"{prefix}/", "")
+
+    def last_part(match: re.Match[str]) -> str:
+        # "/second" in a sentence or a task's name is no path: its first part is no folder here
+        return match[0].rsplit("/", 1)[-1] if Path(f"/{match['first']}").is_dir() else match[0]
+
+    return redacted(_PATH.sub(last_part, text))
+
+
+def _with_tokenizer_name(policy: Path, repo_id: str) -> dict[str, str]:
+    """Preprocessor and configuration that name the tokenizer as it is found after the upload, by file name."""
+    if not (policy / PREPROCESSOR_FILE).is_file():
+        raise ValueError(f"{policy} has no {PREPROCESSOR_FILE}; give a policy folder in LeRobot's layout.")
+    with tempfile.TemporaryDirectory() as staging:
+        for name in (PREPROCESSOR_FILE, CONFIG_FILE):
+            shutil.copyfile(policy / name, Path(staging) / name)
+        if has_tokenizer_files(policy):
+            set_tokenizer_name(staging, repo_id)
+        texts = {name: (Path(staging) / name).read_text(encoding="utf-8") for name in (PREPROCESSOR_FILE, CONFIG_FILE)}
+    for step in json.loads(texts[PREPROCESSOR_FILE])["steps"]:
+        named = step.get("config", {}).get("tokenizer_name")
+        if named and Path(named).is_absolute():
+            raise ValueError(
+                f"{policy} refers to the tokenizer in {named}, a folder of this machine that is not uploaded. Copy "
+                f"its files ({', '.join(TOKENIZER_FILES[:3])}, …) into the policy folder."
+            )
+    return texts
+
+
+def size_of(source: Path | bytes) -> int:
+    """Bytes of a file, or of a content."""
+    return len(source) if isinstance(source, bytes) else source.stat().st_size
+
+
+def size_text(count: int) -> str:
+    """A number of bytes for people."""
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} B"
