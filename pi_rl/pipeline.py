@@ -62,7 +62,6 @@ class _Run:
     rl: "FlowConfig"
     algorithm: str
     command: str
-    words: list[str]
     minutes: dict[str, float] = field(default_factory=dict)
     before: dict[str, float] = field(default_factory=dict)
     claimed: bool = False
@@ -195,7 +194,6 @@ def run_recipe(
         config,
         algorithm,
         launch_command(program or f"recipes/{Path(sys.argv[0]).name}", arguments),
-        arguments,
     )
     with _set_up():
         spec = check_name_and_options(recipe.env, run.env_options)
@@ -230,10 +228,14 @@ def _saved(run: _Run) -> Iterator[None]:
     except (CheckpointError, NotWritten) as error:
         raise RecipeError(str(error)) from error
     except (Preempted, SavedInterrupt):
-        words = shlex.join([Path(sys.argv[0]).name, *run.words])
-        say(f"The same command goes on with the run: {words}", enabled=run.is_main)
+        say(f"Go on with the run: {_resume_command(run)}", enabled=run.is_main)
         leave_process_group()
         raise SystemExit(SAVED_EXIT_CODE) from None
+
+
+def _resume_command(run: _Run) -> str:
+    start = "pi-rl" if run.rl.world_size == 1 else f"accelerate launch --num_processes {run.rl.world_size} -m pi_rl"
+    return f"{start} train --resume {shlex.quote(str(run.folder))}"
 
 
 def _run_stages(run: _Run, spec: "EnvSpec") -> None:

@@ -15,7 +15,7 @@ from pi_rl.planning.counting import ALLOCATION_UNIT, Count, Meter, planning, wit
 from pi_rl.planning.model import observations
 from pi_rl.policies.actor_critic import FlowActorCritic, Sample
 from pi_rl.policies.flow_policy import Prefix
-from pi_rl.policies.lora import merged_state_dict
+from pi_rl.policies.lora import MergedState
 from pi_rl.policies.parked import ParkedHead
 from pi_rl.rl.losses import clipped_surrogate
 from pi_rl.trainer.flow_config import FlowConfig
@@ -186,8 +186,8 @@ class _Run:
             self._micro_batch(sample)
         self._optimizer_step()
         with torch.no_grad(), self.meter.phase() as found.save:
-            written = merged_state_dict(self.model.policy.policy)  # type: ignore[arg-type]
-        found.checkpoint = sum(tensor.nbytes for tensor in written.values())
+            merged = MergedState(self.model.policy.policy)  # type: ignore[arg-type]
+            found.checkpoint = sum(merged[name].nbytes for name in merged)  # one at a time, as they are written
         found.unit_bytes, found.root_bytes = _units(self.model)
         return found
 

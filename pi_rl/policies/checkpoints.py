@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,15 +28,16 @@ from lerobot.processor import PolicyProcessorPipeline, TokenizerProcessorStep
 from torch import Tensor, nn
 
 from pi_rl.policies.actor_critic import FlowActorCritic
+from pi_rl.policies.adapted_weights import adapted_weights, read_lora_config
 from pi_rl.policies.flow_policy import check_compatibility as check_compatibility
-from pi_rl.policies.lora import VLM_PREFIX, has_lora, merged_state_dict, read_adapter, save_adapter
-from pi_rl.policies.weight_files import INDEX_FILE, WEIGHTS_FILE, shards_of
+from pi_rl.policies.lora import ADAPTER_CONFIG_FILE, VLM_PREFIX, MergedState, has_lora, read_adapter, save_adapter
+from pi_rl.policies.weight_files import INDEX_FILE, WEIGHTS_FILE, StoredWeights, shards_of, stored_weights
 from pi_rl.policies.weights import (
     build_with_weights,
+    check_stored,
     check_tensors,
     flush_to_disk,
     load_weights,
-    read_policy_tensors,
     read_tensors,
     write_tensors,
 )
@@ -71,12 +72,14 @@ class LoadedPolicy:
         preprocessor: Raw observations → batch for the policy.
         postprocessor: Normalised actions (B, T, A) → environment actions.
         path: Folder it was read from; None for a policy made in memory.
+        origin: That folder, or the Hub id that was asked for; recorded in LoRA adapters as their base.
     """
 
     policy: PreTrainedPolicy
     preprocessor: PolicyProcessorPipeline
     postprocessor: PolicyProcessorPipeline
     path: Path | None
+    origin: str | None = None
 
 
 def load_policy(
@@ -91,7 +94,7 @@ def load_policy(
 
     Args:
         path_or_hub_id: Folder in LeRobot's layout, or a Hub id "user/name"; the weights may have openpi's names and be
-            sharded.
+            sharded, or be a LoRA adapter that names its base.
         device: Device of the policy and of the preprocessor's output; unused language heads stay on the CPU.
         revision: Hub commit, branch or tag; only for Hub ids.
         n_action_steps: Executed steps C; None keeps the stored value.
@@ -105,11 +108,38 @@ def load_policy(
     config = _read_config(folder)
     override_steps(config, n_action_steps, denoising_steps)
     config.device = None  # LeRobot's constructors then leave the (empty) weights where they are
-    policy = build_with_weights(lambda: get_policy_class(config.type)(config), folder, device)
+    policy = build_with_weights(lambda: get_policy_class(config.type)(config), policy_weights(folder), device)
     config.device = str(device)
     policy.eval()
     preprocessor, postprocessor = _read_processors(folder, config)
-    return LoadedPolicy(policy=policy, preprocessor=preprocessor, postprocessor=postprocessor, path=folder)
+    origin = str(path_or_hub_id if not Path(path_or_hub_id).expanduser().is_dir() else folder)
+    return LoadedPolicy(policy, preprocessor, postprocessor, path=folder, origin=origin)
+
+
+def policy_weights(folder: Path, base: str | Path | None = None) -> StoredWeights:
+    """The weights of a policy folder; those of an adapter-only folder are merged into its base's as they are read.
+
+    Args:
+        folder: The policy folder.
+        base: Folder or Hub id of an adapter's base; None is the one that its adapter_config.json names.
+
+    Raises:
+        ValueError: If files are missing or do not belong together.
+    """
+    if not (folder / ADAPTER_CONFIG_FILE).is_file():
+        return stored_weights(folder)
+    config = read_lora_config(folder)
+    named = config.base_model_name_or_path if base is None else base
+    try:
+        if not named:
+            raise ValueError(f"{folder / ADAPTER_CONFIG_FILE} names no base policy.")
+        found = policy_folder(named, config.revision if base is None else None)
+    except (ValueError, OSError) as error:
+        raise ValueError(
+            f"The base policy of the adapter {folder} cannot be read: {error} With the base at hand, "
+            f"`pi-rl convert {folder} NEW_FOLDER --to merged --base FOLDER_OR_HUB_ID` writes a whole policy."
+        ) from error
+    return adapted_weights(folder, stored_weights(found))
 
 
 def load_policy_weights(
@@ -145,22 +175,27 @@ def load_policy_weights(
 
 def _load_adapted_weights(policy: PreTrainedPolicy, folder: Path, live: Mapping[str, Tensor]) -> None:
     adapters = read_adapter(folder / ADAPTER_FOLDER, policy)
-    merged = merged_state_dict(policy, {**live, **adapters})
-    tensors = read_policy_tensors(folder, merged)
-    vlm = [name for name in merged if name.startswith(VLM_PREFIX)]
-    other = [name for name in vlm if not _same(tensors[name], merged[name].cpu(), rounded=name not in live)]
+    merged = MergedState(policy, {**live, **adapters})
+    stored = stored_weights(folder)
+    check_stored(stored, merged.shapes)
+    vlm = [name for name in stored.tensors if name.startswith(VLM_PREFIX)]
+    other = [
+        name
+        for name, tensor in stored.read(vlm)  # one at a time: merged layers of the whole model are 10 GB in float32
+        if not same_weights(tensor, merged[name].cpu(), rounded=name in merged.computed)
+    ]
     if other:
         raise ValueError(
             f"The run of {folder} was started from another base policy: {len(other)} of {len(vlm)} VLM tensors, such "
             f"as {other[0]}, are not this policy's with the folder's adapters merged. Pass the model that run was "
             "given, or start anew from the folder with model=."
         )
-    trained = {name: tensor for name, tensor in tensors.items() if not name.startswith(VLM_PREFIX)}
+    trained = dict(stored.read(name for name in stored.tensors if not name.startswith(VLM_PREFIX)))
     policy.load_state_dict({**trained, **adapters}, strict=False)
 
 
-def _same(stored: Tensor, live: Tensor, *, rounded: bool) -> bool:
-    """Whether two tensors are equal; sums may differ by a unit in the last place between processors."""
+def same_weights(stored: Tensor, live: Tensor, *, rounded: bool) -> bool:
+    """Whether two tensors are equal; sums (`rounded`) may differ by a unit in the last place between processors."""
     if stored.dtype != live.dtype:
         return False
     return torch.allclose(stored, live, rtol=2**-22, atol=1e-12) if rounded else torch.equal(stored, live)
@@ -207,25 +242,58 @@ def save_policy(
     if state_dict is not None:
         check_tensors(tensors, policy.state_dict(), "state_dict")
     adapted = has_lora(policy)
-    source = _tokenizer_source(preprocessor, tokenizer_source)
+    merged = MergedState(policy, tensors)
+
+    def write_weights(temporary: Path) -> None:
+        _write_extra_files(temporary, extra_files or {})
+        if adapted:
+            save_adapter(temporary / ADAPTER_FOLDER, policy, tensors)
+        write_tensors(temporary / WEIGHTS_FILE, merged.shapes, merged.__getitem__)
+
+    write_policy_folder(
+        folder,
+        deployment_config(policy.config, merged.shapes),
+        (preprocessor, postprocessor),
+        write_weights,
+        tokenizer_source=tokenizer_source,
+        tokenizer_name=tokenizer_name,
+    )
+    if not adapted:
+        shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)  # of a policy that was there before
+    _remove_shards(folder)
+    return folder
+
+
+def write_policy_folder(
+    folder: Path,
+    config: PreTrainedConfig,
+    processors: tuple[PolicyProcessorPipeline, PolicyProcessorPipeline],
+    write_weights: Callable[[Path], None],
+    *,
+    tokenizer_source: str | Path | None = None,
+    tokenizer_name: str | None = None,
+) -> None:
+    """Writes configuration, processors, tokenizer and weights, all or nothing; see `save_policy`.
+
+    Args:
+        folder: Target folder, absolute.
+        config: As it is to be written.
+        processors: (preprocessor, postprocessor).
+        write_weights: Writes everything else into the folder that it is given.
+        tokenizer_source: As in `save_policy`.
+        tokenizer_name: As in `save_policy`.
+    """
+    source = _tokenizer_source(processors[0], tokenizer_source)
     with _replacing(folder) as temporary:
-        preprocessor.save_pretrained(temporary)
-        postprocessor.save_pretrained(temporary)
-        weights = merged_state_dict(policy, tensors)
-        _deployment_config(policy.config, weights)._save_pretrained(temporary)
+        for pipeline in processors:
+            pipeline.save_pretrained(temporary)
+        config._save_pretrained(temporary)
         if source is not None:
             for name in TOKENIZER_FILES:
                 if (source / name).is_file():
                     shutil.copyfile(source / name, temporary / name)
             set_tokenizer_name(temporary, tokenizer_name or str(folder))
-        _write_extra_files(temporary, extra_files or {})
-        if adapted:
-            save_adapter(temporary / ADAPTER_FOLDER, policy, tensors)
-        write_tensors(temporary / WEIGHTS_FILE, weights)
-    if not adapted:
-        shutil.rmtree(folder / ADAPTER_FOLDER, ignore_errors=True)  # of a policy that was there before
-    _remove_shards(folder)
-    return folder
+        write_weights(temporary)
 
 
 def _remove_shards(folder: Path) -> None:
@@ -337,9 +405,14 @@ def _read_config(folder: Path) -> PreTrainedConfig:
     types = supported_config_types()
     if stored.get("type") not in types:
         raise ValueError(f"{folder / CONFIG_FILE} has type {stored.get('type')!r}; supported types are {types}.")
-    if stored.get("use_peft"):
-        raise ValueError(f"{folder} is a PEFT adapter (use_peft is true); merge it into its base policy first.")
-    return PreTrainedConfig.from_pretrained(folder)
+    if stored.get("use_peft") and not (folder / ADAPTER_CONFIG_FILE).is_file():
+        raise ValueError(
+            f"{folder} is a PEFT adapter (use_peft is true) without {ADAPTER_CONFIG_FILE}; copy it from the adapter's "
+            "source."
+        )
+    config = PreTrainedConfig.from_pretrained(folder)
+    config.use_peft = False  # its weights are merged as they are read
+    return config
 
 
 def override_steps(config: PreTrainedConfig, n_action_steps: int | None, denoising_steps: int | None) -> None:
@@ -392,7 +465,7 @@ def _tokenizer_source(preprocessor: PolicyProcessorPipeline, source: str | Path 
     return next((path for path in candidates if has_tokenizer_files(path)), None)
 
 
-def _deployment_config(config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> PreTrainedConfig:
+def deployment_config(config: PreTrainedConfig, weights: Mapping[str, Tensor]) -> PreTrainedConfig:
     """What the weights are deployed with: in float32 where some were trained in it, so that loading rounds nothing."""
     config = copy.deepcopy(config)
     reduced = [

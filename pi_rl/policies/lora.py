@@ -45,11 +45,11 @@ VLM_MODULES = (
 )
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_CONFIG_FILE = "adapter_config.json"
+STORED_PREFIX = "base_model.model."  # PEFT's name for the policy that the adapter belongs to
 
 _ADAPTER = "default"
 _CONFIG_ATTRIBUTE = "peft_config"  # where PEFT keeps it
 _ALL_LINEAR = "all-linear"
-_STORED_PREFIX = "base_model.model."  # PEFT's name for the policy that the adapter belongs to
 _FACTORS = ("lora_A", "lora_B")
 _READ_IN_LAST_LAYER = ("k_proj", "v_proj")
 _INITIALISATIONS = (True, "gaussian")  # the others start away from the given policy or change its weights
@@ -95,12 +95,13 @@ def vlm_lora_config(rank: int = 32, alpha: int = 32, target_modules: str | Seque
     )
 
 
-def add_lora(policy: "FlowPolicy", peft_config: LoraConfig) -> None:
+def add_lora(policy: "FlowPolicy", peft_config: LoraConfig, base: str | None = None) -> None:
     """Adapts the VLM in place; adapters, action expert and projections are trainable afterwards, nothing else.
 
     Args:
         policy: A `PiFlowPolicy`; its prefixes are live from now on: the update has to encode observations anew.
         peft_config: Names in `target_modules` are looked up inside the VLM; None stands for `VLM_MODULES`.
+        base: Folder or Hub id of the policy, recorded in saved adapters.
 
     Raises:
         ValueError: If the policy has no VLM or adapters already, or the configuration asks for something other than
@@ -115,6 +116,7 @@ def add_lora(policy: "FlowPolicy", peft_config: LoraConfig) -> None:
     if has_lora(lerobot_policy):
         raise ValueError("The policy has LoRA adapters already; load it anew, or train the ones it has.")
     resolved = _resolved(lerobot_policy, peft_config)
+    resolved.base_model_name_or_path = base
     inject_adapter_in_model(copy.deepcopy(resolved), lerobot_policy, adapter_name=_ADAPTER)
     setattr(lerobot_policy, _CONFIG_ATTRIBUTE, {_ADAPTER: resolved})  # PEFT's own copy holds abbreviated names
     for parameter in lora_parameters(lerobot_policy):
@@ -136,27 +138,44 @@ def lora_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
                 yield from getattr(layer, factor).parameters()
 
 
-def merged_state_dict(lerobot_policy: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The weights of a LeRobot policy with W + s·B A in place of its adapted layers; the policy stays as it is.
+class MergedState(Mapping[str, Tensor]):
+    """The weights of a LeRobot policy with W + s·B A in place of its adapted layers, each computed when asked for.
 
     Merged weights are float32, also over a bfloat16 VLM, and computed in float64 on the CPU: bfloat16 rounding would
-    lose whatever is below 2⁻⁹ of a weight, and the sums come out the same on every device.
+    lose whatever is below 2⁻⁹ of a weight, and the sums come out the same on every device. The policy stays as it is.
 
     Args:
         lerobot_policy: LeRobot policy, adapted or not.
         state_dict: Its weights, for instance gathered from a sharded model; None takes `lerobot_policy.state_dict()`.
 
-    Returns:
-        Tensors by LeRobot's names.
+    Attributes:
+        shapes: What the values will be, by LeRobot's names; merged ones on the meta device, the others themselves.
     """
-    tensors = dict(lerobot_policy.state_dict() if state_dict is None else state_dict)
-    for name, layer in _lora_layers(lerobot_policy):
-        a, b = (tensors.pop(f"{name}.{factor}.{_ADAPTER}.weight") for factor in _FACTORS)
-        for kind in ("weight", "bias"):
-            if (tensor := tensors.pop(f"{name}.base_layer.{kind}", None)) is not None:
-                tensors[f"{name}.{kind}"] = tensor
-        tensors[f"{name}.weight"] = merge(tensors[f"{name}.weight"], a, b, layer.scaling[_ADAPTER])
-    return tensors
+
+    def __init__(self, lerobot_policy: nn.Module, state_dict: Mapping[str, Tensor] | None = None) -> None:
+        self.shapes = dict(lerobot_policy.state_dict() if state_dict is None else state_dict)
+        self._layers: dict[str, tuple[Tensor, Tensor, Tensor, float]] = {}
+        for name, layer in _lora_layers(lerobot_policy):
+            a, b = (self.shapes.pop(f"{name}.{factor}.{_ADAPTER}.weight") for factor in _FACTORS)
+            if (bias := self.shapes.pop(f"{name}.base_layer.bias", None)) is not None:
+                self.shapes[f"{name}.bias"] = bias
+            weight = self.shapes.pop(f"{name}.base_layer.weight")
+            self.shapes[f"{name}.weight"] = torch.empty(weight.shape, dtype=torch.float32, device="meta")
+            self._layers[f"{name}.weight"] = (weight, a, b, layer.scaling[_ADAPTER])
+
+    def __getitem__(self, name: str) -> Tensor:
+        return merge(*self._layers[name]) if name in self._layers else self.shapes[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.shapes)
+
+    def __len__(self) -> int:
+        return len(self.shapes)
+
+    @property
+    def computed(self) -> frozenset[str]:
+        """Names of the merged weights."""
+        return frozenset(self._layers)
 
 
 def merge(weight: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
@@ -255,7 +274,7 @@ def _lora_layers(lerobot_policy: nn.Module) -> Iterator[tuple[str, Any]]:
 def _adapter_names(lerobot_policy: nn.Module) -> dict[str, str]:
     """Names of the adapters' tensors: here → in PEFT's files."""
     return {
-        f"{layer}.{factor}.{_ADAPTER}.weight": f"{_STORED_PREFIX}{layer}.{factor}.weight"
+        f"{layer}.{factor}.{_ADAPTER}.weight": f"{STORED_PREFIX}{layer}.{factor}.weight"
         for layer, _ in _lora_layers(lerobot_policy)
         for factor in _FACTORS
     }
@@ -294,17 +313,26 @@ def _check_config(config: LoraConfig) -> None:
         )
     if config.lora_alpha <= 0:
         raise ValueError(f"lora_alpha={config.lora_alpha} must be positive.")
+    for name, (given, default) in unusual_fields(config).items():
+        raise ValueError(
+            f"LoraConfig({name}={given!r}) is not supported: only plain LoRA on linear layers of the VLM can be "
+            f"merged into a LeRobot policy, and action expert and projections are trained whole. Leave {name} at "
+            f"{default!r}."
+        )
+
+
+def unusual_fields(config: LoraConfig, allowed: Sequence[str] = ()) -> dict[str, tuple[Any, Any]]:
+    """What makes a configuration more than plain LoRA: given and default value by the field's name.
+
+    Args:
+        config: The configuration.
+        allowed: Fields that may have any value.
+    """
     defaults = LoraConfig()
-    for name in (field.name for field in dataclasses.fields(config)):
-        if name in (*_TARGETING, *_SCALING, _INITIALISATION, *_IRRELEVANT):
-            continue
-        given, default = getattr(config, name), getattr(defaults, name)
-        if given != default and (given or default):
-            raise ValueError(
-                f"LoraConfig({name}={given!r}) is not supported: only plain LoRA on linear layers of the VLM can be "
-                f"merged into a LeRobot policy, and action expert and projections are trained whole. Leave {name} at "
-                f"{default!r}."
-            )
+    names = {field.name for field in dataclasses.fields(config)}
+    names -= {*_TARGETING, *_SCALING, _INITIALISATION, *_IRRELEVANT, *allowed}
+    pairs = {name: (getattr(config, name), getattr(defaults, name)) for name in sorted(names)}
+    return {name: pair for name, pair in pairs.items() if pair[0] != pair[1] and any(pair)}
 
 
 def _linear_layers(lerobot_policy: nn.Module, prefix: str = "") -> list[str]:

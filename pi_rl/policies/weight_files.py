@@ -12,7 +12,7 @@ how this package and safetensors write; writing to the tensors changes memory, n
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -56,12 +56,12 @@ class StoredWeights:
     Attributes:
         source: The file or index, for messages.
         tensors: By the names of LeRobot's state dict.
-        set_aside: Names in the file of heads that belong to another trainer.
+        set_aside: Heads that belong to another trainer, by their names without wrappers.
     """
 
     source: Path
     tensors: Mapping[str, StoredTensor]
-    set_aside: tuple[str, ...] = ()
+    set_aside: Mapping[str, StoredTensor] = field(default_factory=dict)
 
     def read(self, names: Iterable[str], device: torch.device | str = "cpu") -> Iterator[tuple[str, Tensor]]:
         """Reads tensors, from mappings of their own.
@@ -73,15 +73,7 @@ class StoredWeights:
         Yields:
             Name and tensor, file by file.
         """
-        by_file: dict[Path, list[str]] = {}
-        for name in names:
-            by_file.setdefault(self.tensors[name].file, []).append(name)
-        for file, listed in by_file.items():
-            # safetensors knows "cpu", not the "cpu:0" that processes on CPUs are given
-            place = "cpu" if torch.device(device).type == "cpu" else str(device)
-            with safe_open(file, framework="pt", device=place) as handle:
-                for name in listed:
-                    yield name, handle.get_tensor(self.tensors[name].name)
+        yield from read_stored({name: self.tensors[name] for name in names}, device)
 
     def groups(self) -> Iterator[list[str]]:
         """The names in parts of about half a GB, each of one file; the unused heads are on their own.
@@ -101,6 +93,21 @@ class StoredWeights:
         if part:
             yield part
         yield from ([name] for name in UNUSED_HEADS if name in self.tensors)
+
+
+def read_stored(
+    tensors: Mapping[str, StoredTensor], device: torch.device | str = "cpu"
+) -> Iterator[tuple[str, Tensor]]:
+    """Reads tensors file by file; see `StoredWeights.read`."""
+    by_file: dict[Path, list[str]] = {}
+    for name, tensor in tensors.items():
+        by_file.setdefault(tensor.file, []).append(name)
+    # safetensors knows "cpu", not the "cpu:0" that processes on CPUs are given
+    place = "cpu" if torch.device(device).type == "cpu" else str(device)
+    for file, listed in by_file.items():
+        with safe_open(file, framework="pt", device=place) as handle:
+            for name in listed:
+                yield name, handle.get_tensor(tensors[name].name)
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:
@@ -134,9 +141,9 @@ def stored_weights(folder: Path) -> StoredWeights:
     """
     single, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
     if single.is_file():
-        return _renamed(single, read_header(single))
+        return by_lerobots_names(single, read_header(single))
     if index.is_file():
-        return _renamed(index, _read_shards(index))
+        return by_lerobots_names(index, _read_shards(index))
     raise ValueError(
         f"No policy weights in {folder}: {WEIGHTS_FILE} is missing, and so is {INDEX_FILE} of sharded weights. Give a "
         "folder that holds either."
@@ -181,26 +188,34 @@ def _read_shards(index: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _renamed(source: Path, stored: Mapping[str, StoredTensor]) -> StoredWeights:
-    """Gives tensors LeRobot's names and sets the heads of other trainers aside."""
+def by_lerobots_names(source: Path, stored: Mapping[str, StoredTensor]) -> StoredWeights:
+    """Gives tensors of either layout LeRobot's names and sets the heads of other trainers aside.
+
+    Args:
+        source: The file or index, for messages.
+        stored: Tensors by their names there.
+
+    Raises:
+        ValueError: If two stored names stand for the same tensor.
+    """
     plain: dict[str, list[str]] = {}
     for name in stored:
         plain.setdefault(_WRAPPERS.sub("", name), []).append(name)
     lerobot = any(name.startswith(_ROOT) for name in plain)
     tensors: dict[str, StoredTensor] = {}
-    aside: list[str] = []
+    aside: dict[str, StoredTensor] = {}
     for name, originals in plain.items():
         if len(originals) > 1:
             raise ValueError(f"{source} holds {some_of(originals)}, which are both {name}; remove one of them.")
         if not lerobot and name.startswith(_OTHER_HEADS):
-            aside.append(originals[0])
+            aside[name] = stored[originals[0]]
         else:
             tensors[name if lerobot else _ROOT + name] = stored[originals[0]]
     # PaliGemma's embedding and head are one tensor, and files may hold either
     for name, twin in ((EMBEDDING, VLM_HEAD), (VLM_HEAD, EMBEDDING)):
         if name not in tensors and twin in tensors:
             tensors[name] = tensors[twin]
-    return StoredWeights(source, tensors, tuple(sorted(aside)))
+    return StoredWeights(source, tensors, dict(sorted(aside.items())))
 
 
 def some_of(names: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from pi_rl.policies.weight_files import EXPERT_HEAD, UNUSED_HEADS, StoredWeights, some_of, stored_weights
+from pi_rl.policies.weight_files import EXPERT_HEAD, UNUSED_HEADS, StoredTensor, StoredWeights, some_of, stored_weights
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,25 @@ _DTYPES = {  # in the order in which safetensors lays tensors out
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
+_TYPES = {name: dtype for dtype, name in _DTYPES.items()}
+
+
+def empty_like(stored: StoredTensor) -> Tensor:
+    """A tensor of a stored one's shape and type on the meta device.
+
+    Raises:
+        ValueError: If its type is none that a policy is written in.
+    """
+    if stored.dtype not in _TYPES:
+        raise ValueError(
+            f"{stored.file} holds {stored.name} in {stored.dtype}; weights have a type of {list(_TYPES)}."
+        )
+    return torch.empty(stored.shape, dtype=_TYPES[stored.dtype], device="meta")
+
+
+def type_name(dtype: torch.dtype) -> str:
+    """The format's name of a tensor type."""
+    return _DTYPES[dtype]
 
 
 class Shaped(Protocol):
@@ -98,7 +117,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], contents: Callable[
                 file.write(plain.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def check_tensors(given: Mapping[str, Shaped], expected: Mapping[str, Tensor], source: str) -> None:
+def check_tensors(given: Mapping[str, Shaped], expected: Mapping[str, Shaped], source: str) -> None:
     """Compares names and shapes.
 
     Raises:
@@ -123,8 +142,10 @@ def check_tensors(given: Mapping[str, Shaped], expected: Mapping[str, Tensor], s
     raise ValueError("\n".join(lines))
 
 
-def build_with_weights(build: Callable[[], nn.Module], folder: Path, device: torch.device | str = "cpu") -> nn.Module:
-    """Builds a policy without allocating or drawing weights, then gives it those of a folder.
+def build_with_weights(
+    build: Callable[[], nn.Module], stored: StoredWeights, device: torch.device | str = "cpu"
+) -> nn.Module:
+    """Builds a policy without allocating or drawing weights, then gives it stored ones.
 
     On the CPU, weights of the type that the model wants are views of the mapped files; what is written to them is
     private to this process. On another device each tensor goes there directly. The two language heads that π0 and π0.5
@@ -132,20 +153,19 @@ def build_with_weights(build: Callable[[], nn.Module], folder: Path, device: tor
 
     Args:
         build: Constructs the policy; must leave it on the device it is built on.
-        folder: The policy folder.
+        stored: The weights.
         device: Where weights and buffers go.
 
     Returns:
         The policy.
 
     Raises:
-        ValueError: If files are missing, damaged or do not fit; no tensor has been read then.
+        ValueError: If the weights do not fit; no tensor has been read then.
     """
-    stored = stored_weights(folder)
     with init_empty_weights(include_buffers=False):
         policy = build()
     expected = policy.state_dict()
-    _check(stored, expected)
+    check_stored(stored, expected)
     used = [name for name in stored.tensors if name not in UNUSED_HEADS]
     weights: dict[str, Tensor] = {}
     for name, tensor in stored.read(used, device):
@@ -173,23 +193,17 @@ def load_weights(policy: nn.Module, folder: Path) -> None:
         ValueError: If files are missing, damaged or do not fit; the policy is unchanged then.
     """
     stored = stored_weights(folder)
-    _check(stored, policy.state_dict())
+    check_stored(stored, policy.state_dict())
     for part in stored.groups():
         policy.load_state_dict(dict(stored.read(part)), strict=False)
 
 
-def read_policy_tensors(folder: Path, expected: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A folder's weights on the CPU by LeRobot's names, mapped, after a strict check.
+def check_stored(stored: StoredWeights, expected: Mapping[str, Shaped]) -> None:
+    """Compares names and shapes of stored weights with a policy's, and warns of heads that are set aside.
 
     Raises:
-        ValueError: If files are missing, damaged or do not fit.
+        ValueError: Listing missing, unexpected and wrongly shaped tensors.
     """
-    stored = stored_weights(folder)
-    _check(stored, expected)
-    return dict(stored.read(stored.tensors))
-
-
-def _check(stored: StoredWeights, expected: Mapping[str, Tensor]) -> None:
     optional = {EXPERT_HEAD} - set(stored.tensors)  # unused, and openpi has none: zeros stand for it
     check_tensors(stored.tensors, {n: t for n, t in expected.items() if n not in optional}, str(stored.source))
     if stored.set_aside:

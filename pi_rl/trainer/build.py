@@ -95,7 +95,7 @@ def build_actor_critic(
     policy.freeze_vlm()
     disable_dropout(policy)
     if isinstance(policy, PiFlowPolicy):
-        _prepare_vlm(policy, args, peft_config)
+        _prepare_vlm(policy, args, peft_config, loaded.origin)
     else:
         vlm_options = {
             "peft_config": peft_config,
@@ -145,7 +145,7 @@ def build_input_storage(
     )
 
 
-def _prepare_vlm(policy: PiFlowPolicy, args: FlowConfig, peft_config: LoraConfig | None) -> None:
+def _prepare_vlm(policy: PiFlowPolicy, args: FlowConfig, peft_config: LoraConfig | None, origin: str | None) -> None:
     """What is trained of the VLM, its numeric type and its attention."""
     if args.train_vlm and peft_config is not None:
         raise ValueError("train_vlm trains the whole VLM, and LoRA adapts a frozen one; use one of them.")
@@ -156,7 +156,7 @@ def _prepare_vlm(policy: PiFlowPolicy, args: FlowConfig, peft_config: LoraConfig
     if vlm_dtype is not None:
         policy.cast_vlm(getattr(torch, vlm_dtype))
     if peft_config is not None:
-        add_lora(policy, peft_config)
+        add_lora(policy, peft_config, origin)
     if args.train_vlm:
         policy.train_vlm()
 

@@ -14,12 +14,12 @@ from pi_rl.policies.checkpoints import load_policy
 from pi_rl.policies.lora import (
     ADAPTER_CONFIG_FILE,
     VLM_PREFIX,
+    MergedState,
     add_lora,
     has_lora,
     load_adapter,
     lora_parameters,
     merge,
-    merged_state_dict,
     save_adapter,
     vlm_lora_config,
 )
@@ -223,7 +223,7 @@ def test_bfloat16_vlm_with_float32_training(toolbox, tmp_path):
     assert {p.grad.dtype for p in lora_parameters(policy)} == {torch.float32}
     frozen = policy.policy.model.paligemma_with_expert.paligemma.model.language_model
     assert frozen.layers[0].self_attn.q_proj.base_layer.weight.dtype == torch.bfloat16
-    merged = merged_state_dict(policy.policy)
+    merged = MergedState(policy.policy)
     assert merged[f"{VLM_PREFIX}{LANGUAGE}0.self_attn.q_proj.weight"].dtype == torch.float32
     assert merged[f"{VLM_PREFIX}model.language_model.embed_tokens.weight"].dtype == torch.bfloat16
     live = lerobot_actions(policy.policy.eval(), batch)
@@ -236,7 +236,7 @@ def test_merging(adapted_policy, batch, originals, toolbox):
     disturb(adapted_policy)
     lerobot_policy = adapted_policy.policy
     before = {name: tensor.clone() for name, tensor in lerobot_policy.state_dict().items()}
-    merged = merged_state_dict(lerobot_policy)
+    merged = MergedState(lerobot_policy)
     assert all(torch.equal(tensor, before[name]) for name, tensor in lerobot_policy.state_dict().items())
     plain = copy.deepcopy(originals["pi0" if adapted_policy.prefix_state_dim else "pi05"].policy)
     base = plain.state_dict()
@@ -265,7 +265,7 @@ def test_merged_weights_keep_what_bfloat16_would_lose():
 
 
 def test_without_adapters_the_weights_are_the_policys(policy):
-    merged = merged_state_dict(policy.policy)
+    merged = MergedState(policy.policy)
     assert all(
         merged[name] is not None and torch.equal(merged[name], t) for name, t in policy.policy.state_dict().items()
     )
