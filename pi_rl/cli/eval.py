@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pi_rl.__about__ import package_versions
 from pi_rl.arguments import without_folder
 from pi_rl.cli.eval_plan import (
     choose_states,
@@ -21,7 +22,6 @@ from pi_rl.cli.eval_plan import (
     describe_policy,
     find_policy,
     plan_episodes,
-    versions_for,
 )
 from pi_rl.cli.parser import CommandParser, UserError, not_negative, parse_mapping, positive, user_errors
 from pi_rl.envs.registry import check_name_and_options, make_env, parse_name
@@ -267,7 +267,7 @@ def _prepare(args: argparse.Namespace, command: str) -> _Evaluation:
         videos,
         args.num_envs or min(2 * available_cores(), 16, len(ids)),
         args.output_dir or Path("outputs/eval") / "".join(c if c.isalnum() or c in "._-" else "-" for c in name),
-        versions_for(parse_name(args.env)[0]),
+        package_versions(parse_name(args.env)[0]),
     )
 
 
