@@ -22,12 +22,24 @@ PACKAGES = (
     "mujoco",
     "metaworld",
 )
+SIMULATOR_PACKAGES = {
+    "calvin": (),
+    "gymnasium": ("gymnasium",),
+    "libero": ("hf-libero", "robosuite", "mujoco"),
+    "maniskill": ("mani-skill", "sapien"),
+    "metaworld": ("metaworld", "mujoco"),
+    "toy": (),
+}
+"""What a simulator's results depend on, by the first part of an environment's name."""
 
 
-def package_versions() -> dict[str, str]:
+def package_versions(simulator: str | None = None) -> dict[str, str]:
     """Versions of pi_rl, Python and the packages that decide a result.
 
     Reads the metadata of installed distributions and imports none of them.
+
+    Args:
+        simulator: First part of an environment's name, such as "libero", whose packages are listed too.
 
     Returns:
         Name to version, in a fixed order; a package that is not installed has the value "not installed".
@@ -37,7 +49,7 @@ def package_versions() -> dict[str, str]:
         "python": platform.python_version(),
         "platform": f"{platform.system()} {platform.machine()}",
     }
-    for name in PACKAGES:
+    for name in (*PACKAGES, *SIMULATOR_PACKAGES.get(simulator or "", ())):
         try:
             versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pi_rl.arguments import without_folder
+from pi_rl.__about__ import package_versions
+from pi_rl.arguments import shown_words, without_folder
 from pi_rl.cli.eval_plan import (
     choose_states,
     choose_tasks,
     describe_policy,
     find_policy,
     plan_episodes,
-    versions_for,
 )
 from pi_rl.cli.parser import CommandParser, UserError, not_negative, parse_mapping, positive, user_errors
 from pi_rl.envs.registry import check_name_and_options, make_env, parse_name
@@ -212,7 +212,7 @@ def run(argv: Sequence[str]) -> int:
     from pi_rl.cli.eval_report import choose_videos, evaluation_table, film
 
     args = _parser().parse(argv)
-    plan = _prepare(args, shlex.join(["pi-rl", "eval", *map(without_folder, argv)]))
+    plan = _prepare(args, shlex.join(["pi-rl", "eval", *shown_words(argv)]))
     plan.say(f"{plan.spec.name}: {plan.which}, {len(plan.ids)} episodes; results in {plan.folder}")
     with user_errors():
         log = _open_log(plan)
@@ -267,7 +267,7 @@ def _prepare(args: argparse.Namespace, command: str) -> _Evaluation:
         videos,
         args.num_envs or min(2 * available_cores(), 16, len(ids)),
         args.output_dir or Path("outputs/eval") / "".join(c if c.isalnum() or c in "._-" else "-" for c in name),
-        versions_for(parse_name(args.env)[0]),
+        package_versions(parse_name(args.env)[0]),
     )
 
 

@@ -6,26 +6,16 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pi_rl.__about__ import package_versions
 from pi_rl.envs.vector_env import EnvSpec
 
 ALL_STATES_UP_TO = 1000
 """All evaluation states are run, unless the user says otherwise, where there are at most so many."""
 DEFAULT_PER_TASK = 10
-SIMULATOR_PACKAGES = {
-    "calvin": (),
-    "gymnasium": ("gymnasium",),
-    "libero": ("hf-libero", "robosuite", "mujoco"),
-    "maniskill": ("mani-skill", "sapien"),
-    "metaworld": ("metaworld", "mujoco"),
-    "toy": (),
-}
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*")
 _WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*.safetensors")
 _POLICY_FILES = ("config.json", *_WEIGHT_FILES, "policy_*.json", "policy_*.safetensors", *_TOKENIZER_FILES)
@@ -178,14 +168,3 @@ def _digest(folder: Path) -> str:
         with path.open("rb") as file:
             total.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return total.hexdigest()
-
-
-def versions_for(simulator: str) -> dict[str, str]:
-    """Versions of what a result depends on, the simulator's packages among them."""
-    versions = package_versions()
-    for name in SIMULATOR_PACKAGES.get(simulator, ()):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions

@@ -96,7 +96,7 @@ def plot_learning_curve(
     records = [record for record in history if "env_steps" in record]
     if not records:
         raise ValueError("plot_learning_curve got no record with 'env_steps'; give the trainer's log history.")
-    shown = [(key, name) for key, name in _DIAGNOSTICS if _series(records, key)[0]]
+    shown = [(key, name) for key, name in _DIAGNOSTICS if series(records, key)[0]]
     with _style():
         figure = _figure(8.6, 4.4 + (1.5 if shown else 0))
         grid = figure.add_gridspec(2 if shown else 1, max(len(shown), 1), height_ratios=[3.4, 1] if shown else [1])
@@ -153,11 +153,11 @@ def _draw_success(
     axes: "Axes", records: History, sft_baseline: EvalSummary | float | None, final: EvalSummary | None
 ) -> None:
     """Training curve, evaluations with intervals and the dashed baseline."""
-    steps, success = _series(records, TRAIN_SUCCESS)
+    steps, success = series(records, TRAIN_SUCCESS)
     if steps:
         axes.plot(steps, success, color=BLUE, alpha=0.3, linewidth=1.2)
-        axes.plot(steps, _smooth(success), color=BLUE, linewidth=2.4, label="training episodes (exploring)")
-    points = _evaluations(records)
+        axes.plot(steps, smooth(success), color=BLUE, linewidth=2.4, label="training episodes (exploring)")
+    points = evaluations(records)
     if sft_baseline is not None:
         if isinstance(sft_baseline, EvalSummary):
             axes.axhspan(*sft_baseline.ci95, color=GREY, alpha=0.13, linewidth=0)
@@ -187,7 +187,7 @@ def _draw_success(
 
 
 def _draw_diagnostic(axes: "Axes", records: History, key: str, name: str) -> None:
-    steps, values = _series(records, key)
+    steps, values = series(records, key)
     axes.plot(steps, values, color="#333333", linewidth=1.3)
     axes.set_title(name, fontsize=9, fontweight="normal", color="#444444")
     axes.tick_params(labelsize=8)
@@ -201,13 +201,13 @@ def _draw_diagnostic(axes: "Axes", records: History, key: str, name: str) -> Non
 
 def _draw_run_curve(axes: "Axes", run: RunCurve, colour: str) -> None:
     """Smoothed training success of one run; the evaluations stand in for runs that logged none."""
-    steps, success = _series(run.history, TRAIN_SUCCESS)
+    steps, success = series(run.history, TRAIN_SUCCESS)
     line = (0, (4, 2)) if run.blind else "solid"
     if steps:
         axes.plot(steps, success, color=colour, alpha=0.22, linewidth=1.0)
-        axes.plot(steps, _smooth(success), color=colour, linewidth=2.2, label=run.label, linestyle=line)
+        axes.plot(steps, smooth(success), color=colour, linewidth=2.2, label=run.label, linestyle=line)
         return
-    points = _evaluations(run.history)
+    points = evaluations(run.history)
     if points:
         axes.plot(
             [p[0] for p in points], [p[1] for p in points], color=colour, linewidth=2.2, label=run.label, ls=line
@@ -253,7 +253,7 @@ def _draw_dumbbells(axes: "Axes", runs: Sequence[RunCurve], colours: Sequence[st
     )
 
 
-def _evaluations(records: History) -> list[tuple[float, float, float, float]]:
+def evaluations(records: History) -> list[tuple[float, float, float, float]]:
     """(env_steps, rate, low, high) of each deterministic evaluation; without interval the bar has no length."""
     points = []
     for record in records:
@@ -282,14 +282,14 @@ def _error_bars(axes: "Axes", points: Sequence[tuple[float, float, float, float]
     )
 
 
-def _series(records: History, key: str) -> tuple[list[float], list[float]]:
-    """Environment steps and finite values of one quantity."""
+def series(records: History, key: str) -> tuple[list[float], list[float]]:
+    """Environment steps and finite values of one quantity; records without it are left out."""
     rows = [(r["env_steps"], r[key]) for r in records if "env_steps" in r and r.get(key) is not None]
     rows = [(float(step), float(value)) for step, value in rows if math.isfinite(value)]
     return [row[0] for row in rows], [row[1] for row in rows]
 
 
-def _smooth(values: Sequence[float], window: int = 5) -> list[float]:
+def smooth(values: Sequence[float], window: int = 5) -> list[float]:
     """Trailing mean, so that the curve never shows the future."""
     return [sum(values[max(0, i + 1 - window) : i + 1]) / min(i + 1, window) for i in range(len(values))]
 
