@@ -24,7 +24,7 @@ def process_count() -> int:
 
 
 def leave_process_group() -> None:
-    """Ends this process's part in a distributed run; the group's threads would abort an interpreter that ends first."""
+    """Ends this process's part in a distributed run; its threads would abort an interpreter that ends first."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
