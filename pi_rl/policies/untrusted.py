@@ -205,8 +205,8 @@ def _check_steps(path: Path) -> None:
         if not isinstance(name, str) or not _is_known(name):
             raise ValueError(
                 f"{path} has a step {_short(name or step.get('class'))}, which is none of "
-                f"{', '.join(sorted(_LEROBOT_STEPS))} and is not registered by code of yours. A step may name any code, "
-                "so it is not loaded. Import the module that registers it with "
+                f"{', '.join(sorted(_LEROBOT_STEPS))} and is not registered by code of yours. A step may name any "
+                "code, so it is not loaded. Import the module that registers it with "
                 "lerobot.processor.ProcessorStepRegistry if you trust it."
             )
         if not isinstance(config, dict):
@@ -219,7 +219,7 @@ def _check_steps(path: Path) -> None:
 
 
 def _is_known(name: str) -> bool:
-    """Whether a step is a harmless one of LeRobot, or one of ours or of the user's, whose module is imported already."""
+    """Whether a step is a harmless one of LeRobot, or one whose module we or the user have imported already."""
     if name in _LEROBOT_STEPS:
         return True
     return (
