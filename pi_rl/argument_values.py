@@ -4,6 +4,7 @@ import dataclasses
 import enum
 import re
 import types
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
@@ -12,21 +13,78 @@ import yaml
 _TRUE, _FALSE = ("true", "yes", "on", "1", "t", "y"), ("false", "no", "of", "0", "f", "n")
 _NONE = ("none", "null", "~")
 MUST = "it must be "
+DEEPEST_YAML = 50
+MOST_YAML_VALUES = 20_000
 
 
 class ConfigLoader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2's numbers and booleans, and duplicate keys refused.
+    """PyYAML's safe loader with YAML 1.2's numbers and booleans; duplicate keys and absurd sizes are refused.
 
     PyYAML follows YAML 1.1, where ``1e-4`` is text and ``no`` is false; both are traps in training configurations.
+    Aliases count as what they stand for: a few lines of them can stand for billions of values.
     """
+
+    def __init__(self, stream: Any) -> None:
+        """Begins at the outermost level."""
+        super().__init__(stream)
+        self._depth = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        """Refuses values nested too deeply."""
+        self._depth += 1
+        if self._depth > DEEPEST_YAML:
+            problem = f"nested more than {DEEPEST_YAML} levels deep"
+            raise yaml.composer.ComposerError(None, None, problem, self.peek_event().start_mark)
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def get_single_node(self) -> yaml.Node | None:
+        """Refuses a document that stands for too many values."""
+        node = super().get_single_node()
+        if node is not None and _values_of(node, {}) > MOST_YAML_VALUES:
+            problem = f"more than {MOST_YAML_VALUES:,} values, counting those that aliases repeat"
+            raise yaml.composer.ComposerError(None, None, problem, node.start_mark)
+        return node
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """Refuses a key that is there twice; PyYAML would silently keep the last."""
-        keys: list[Any] = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if keys.count(key) > 1:
+        seen = set()
+        for key in (self.construct_object(key, deep=True) for key, _ in node.value):
+            if not isinstance(key, Hashable):
+                continue  # PyYAML refuses it
+            if key in seen:
                 raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is there twice", node.start_mark)
+            seen.add(key)
         return super().construct_mapping(node, deep)
+
+
+def _values_of(node: yaml.Node, counted: dict[int, int]) -> int:
+    """Values that a node stands for, itself included; `counted` holds those of nodes that were seen, by identity."""
+    if id(node) not in counted:
+        counted[id(node)] = MOST_YAML_VALUES + 1  # until it is known: what contains itself has no end
+        inner = node.value if isinstance(node, yaml.CollectionNode) else []
+        children = [part for entry in inner for part in (entry if isinstance(entry, tuple) else (entry,))]
+        counted[id(node)] = 1 + sum(_values_of(child, counted) for child in children)
+    return counted[id(node)]
+
+
+def load_yaml(text: str) -> Any:
+    """Plain values of YAML text; tags that make objects are refused.
+
+    Args:
+        text: One YAML document.
+
+    Returns:
+        Mappings, lists, text, numbers, booleans, dates and None.
+
+    Raises:
+        ValueError: In one line, why it is not valid.
+    """
+    try:
+        return yaml.load(text, Loader=ConfigLoader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: numbers or dates that cannot be
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 class ConfigDumper(yaml.SafeDumper):
@@ -207,9 +265,9 @@ def _convert_part(value: Any, hint: Any, name: str) -> Any:
 
 def _from_text(text: str) -> Any:
     try:
-        return yaml.load(text, Loader=ConfigLoader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise ValueError(f"{MUST}valid YAML ({' '.join(str(error).split())})") from error
+        return load_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{MUST}valid YAML ({error})") from error
 
 
 def is_list_like(hint: Any) -> bool:

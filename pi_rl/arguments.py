@@ -23,11 +23,11 @@ import yaml
 
 from pi_rl.argument_values import (
     ConfigDumper,
-    ConfigLoader,
     accepts_text,
     convert_value,
     describe_type,
     is_list_like,
+    load_yaml,
     to_plain,
 )
 from pi_rl.secrets import redacted, redacted_words
@@ -339,9 +339,9 @@ def _read_config(path: Path, chain: tuple[Path, ...]) -> dict[str, tuple[Any, st
     if path.resolve() in [file.resolve() for file in chain]:
         raise ArgumentsError(f"Configuration files inherit in a circle: {' -> '.join(map(str, [*chain, path]))}.")
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=ConfigLoader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise ArgumentsError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+        content = load_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ArgumentsError(f"{path} is not valid YAML: {error}") from error
     if content is None:
         content = {}
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):

@@ -6,9 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
-import yaml
-
-from pi_rl.argument_values import ConfigLoader
+from pi_rl.argument_values import load_yaml
 from pi_rl.secrets import redacted
 
 WIDTH = 110
@@ -131,9 +129,9 @@ def parse_mapping(words: Sequence[str], option: str) -> dict[str, Any]:
 
 def _yaml(text: str, option: str) -> Any:
     try:
-        return yaml.load(text, Loader=ConfigLoader)  # a SafeLoader
-    except yaml.YAMLError as error:
-        raise UserError(f"{option} {text!r} is not valid JSON or YAML: {' '.join(str(error).split())}") from error
+        return load_yaml(text)
+    except ValueError as error:
+        raise UserError(f"{option} {text!r} is not valid JSON or YAML: {error}") from error
 
 
 def _checked_mapping(value: Any, option: str) -> dict[str, Any]:

@@ -2,12 +2,33 @@
 
 import dataclasses
 import difflib
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from pi_rl.envs import calvin_options, gymnasium_env, libero_options, maniskill_options, metaworld_options, toy
 from pi_rl.envs.vector_env import EnvSpec, VectorEnv
+from pi_rl.envs.worker_process import DEFAULT_TIMEOUT_S
 from pi_rl.envs.workers import WorkerVectorEnv
+
+
+@dataclasses.dataclass(frozen=True)
+class Workers:
+    """How environments are spread over processes; see `pi_rl.envs.workers.WorkerVectorEnv`.
+
+    Attributes:
+        number: Processes; None means one per core.
+        timeout_s: Seconds that one call of a simulator may take.
+    """
+
+    number: int | None
+    timeout_s: float
+
+    def start(
+        self, spec: EnvSpec, simulator: str, options: Mapping[str, Any], num_envs: int, python: str = sys.executable
+    ) -> WorkerVectorEnv:
+        """Makes environments of a simulator in worker processes."""
+        return WorkerVectorEnv(spec, simulator, options, num_envs, self.number, python, self.timeout_s)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +40,7 @@ class Simulator:
         options: Dataclass of its options.
         list_tasks: Returns its task names, sorted.
         make_spec: (name, tasks, options) to the specification; starts no worker.
-        make: (spec, options, number of environments, worker processes or None) to the environment.
+        make: (spec, options, number of environments, worker processes) to the environment.
         groups: Names that stand for several tasks, such as "mt50".
         is_known: Whether a task may be used; by default, whether `list_tasks` has it.
     """
@@ -28,7 +49,7 @@ class Simulator:
     options: type
     list_tasks: Callable[[], tuple[str, ...]]
     make_spec: Callable[[str, Sequence[str], Any], EnvSpec]
-    make: Callable[[EnvSpec, Any, int, int | None], VectorEnv]
+    make: Callable[[EnvSpec, Any, int, Workers], VectorEnv]
     groups: Callable[[], Mapping[str, tuple[str, ...]]] = dict
     is_known: Callable[[str], bool] | None = None
 
@@ -37,47 +58,46 @@ def _metaworld_tasks() -> tuple[str, ...]:
     return tuple(sorted(metaworld_options.task_instructions()))
 
 
-def _in_workers(simulator: str) -> Callable[[EnvSpec, Any, int, int | None], VectorEnv]:
+def _in_workers(simulator: str) -> Callable[[EnvSpec, Any, int, Workers], VectorEnv]:
     """Makes environments of a simulator in `pi_rl.envs.worker.BACKENDS`."""
-    return lambda spec, options, num_envs, num_workers: WorkerVectorEnv(
-        spec, simulator, vars(options), num_envs, num_workers
-    )
+    return lambda spec, options, num_envs, workers: workers.start(spec, simulator, vars(options), num_envs)
 
 
 def _make_maniskill(
-    spec: EnvSpec, options: maniskill_options.ManiSkillOptions, num_envs: int, num_workers: int | None
+    spec: EnvSpec, options: maniskill_options.ManiSkillOptions, num_envs: int, workers: Workers
 ) -> VectorEnv:
     maniskill_options.check_assets([maniskill_options.TASKS[task] for task in spec.tasks], options.asset_folder)
     if options.backend == "gpu":
         from pi_rl.envs.maniskill_gpu import ManiSkillBatchedVectorEnv
 
         return ManiSkillBatchedVectorEnv(spec, options, num_envs)
-    return _in_workers("maniskill")(spec, options, num_envs, num_workers)
+    return _in_workers("maniskill")(spec, options, num_envs, workers)
 
 
 def _make_libero(
-    spec: EnvSpec, options: libero_options.LiberoOptions, num_envs: int, num_workers: int | None
+    spec: EnvSpec, options: libero_options.LiberoOptions, num_envs: int, workers: Workers
 ) -> WorkerVectorEnv:
     assets = str(libero_options.find_assets(options.assets))  # missing files are told before workers start
-    return WorkerVectorEnv(spec, "libero", {**vars(options), "assets": assets}, num_envs, num_workers)
+    return workers.start(spec, "libero", {**vars(options), "assets": assets}, num_envs)
 
 
 def _make_gymnasium(
-    spec: EnvSpec, options: gymnasium_env.GymnasiumOptions, num_envs: int, num_workers: int | None
+    spec: EnvSpec, options: gymnasium_env.GymnasiumOptions, num_envs: int, workers: Workers
 ) -> VectorEnv:
     if spec.cameras:
-        return _in_workers("gymnasium")(spec, options, num_envs, num_workers)
+        return _in_workers("gymnasium")(spec, options, num_envs, workers)
     return gymnasium_env.GymnasiumVectorEnv(spec, options, num_envs)
 
 
 def _make_calvin(
-    spec: EnvSpec, options: calvin_options.CalvinOptions, num_envs: int, num_workers: int | None
+    spec: EnvSpec, options: calvin_options.CalvinOptions, num_envs: int, workers: Workers
 ) -> WorkerVectorEnv:
     """Makes CALVIN environments, each in a worker of its own: pybullet's worlds in one process are not apart."""
     located = options.located()
     calvin_options.sequences_of(located.root)  # before the workers start, so that they find them in the cache
     assert located.python is not None
-    return WorkerVectorEnv(spec, "calvin", vars(located), num_envs, num_envs, located.python)
+    one_each = dataclasses.replace(workers, number=num_envs)
+    return one_each.start(spec, "calvin", vars(located), num_envs, located.python)
 
 
 SIMULATORS = {
@@ -131,7 +151,13 @@ SIMULATORS = {
 }
 
 
-def make_env(name: str, num_envs: int, num_workers: int | None = None, **options: Any) -> VectorEnv:
+def make_env(
+    name: str,
+    num_envs: int,
+    num_workers: int | None = None,
+    worker_timeout_s: float = DEFAULT_TIMEOUT_S,
+    **options: Any,
+) -> VectorEnv:
     """Makes a vector environment.
 
     Args:
@@ -143,6 +169,8 @@ def make_env(name: str, num_envs: int, num_workers: int | None = None, **options
         num_workers: At most so many worker processes; None means one per core. Never more than `num_envs`, and none
             for toy environments and Gymnasium's without images, which are cheaper to step than to talk to. CALVIN
             has one per environment whatever is given.
+        worker_timeout_s: Seconds that one call of a simulator may take, before its worker counts as hung and is
+            replaced; see `pi_rl.envs.workers.WorkerVectorEnv`.
         **options: Fields of the simulator's options: `pi_rl.envs.metaworld_options.MetaWorldOptions`,
             `pi_rl.envs.gymnasium_env.GymnasiumOptions`, `pi_rl.envs.toy.ToyOptions`.
 
@@ -156,7 +184,7 @@ def make_env(name: str, num_envs: int, num_workers: int | None = None, **options
     if num_workers is not None and num_workers < 1:
         raise ValueError(f"num_workers must be at least 1 (or None for one per core), got {num_workers}")
     spec, checked = _describe(name, options)
-    return SIMULATORS[parse_name(name)[0]].make(spec, checked, num_envs, num_workers)
+    return SIMULATORS[parse_name(name)[0]].make(spec, checked, num_envs, Workers(num_workers, worker_timeout_s))
 
 
 def check_name_and_options(name: str, options: Mapping[str, Any]) -> EnvSpec:

@@ -102,8 +102,8 @@ class ChunkResult:
         truncated: bool (B,), the episode was cut, as a rule by the time limit (bootstrap from the observation).
         success: bool (B,), the task was solved in this chunk or, where that does not end an episode, earlier in it.
         steps: int64 (B,), simulated steps, at most C; 0 for inactive environments.
-        failed: bool (B,), the simulator broke down in this chunk (it raised, or returned NaN). The episode is over
-            without an ending; nothing of this chunk may be used. The environment can be reset.
+        failed: bool (B,), the simulator broke down in this chunk (it raised, returned NaN, or its process was lost).
+            The episode is over without an ending; nothing of this chunk may be used. The environment can be reset.
     """
 
     observation: Observation
@@ -196,6 +196,8 @@ class VectorEnv(ABC):
 
     spec: EnvSpec
     num_envs: int
+    worker_restarts: int = 0
+    """Processes that died or hung and were replaced so far; stays 0 where there are none."""
 
     @abstractmethod
     def reset(self, ids: ResetIds, indices: Sequence[int] | NDArray[np.int64] | None = None) -> Observation:
@@ -265,7 +267,7 @@ class VectorEnv(ABC):
             As `step_chunk`. Environments that were not active in this chunk have zeros and stale observations.
 
         Raises:
-            RuntimeError: No chunk was started; or a worker died, or an environment keeps breaking down.
+            RuntimeError: No chunk was started; or an environment, or the process of its worker, keeps breaking down.
         """
 
     def arrange(self, groups: Sequence[Sequence[int] | NDArray[np.int64]]) -> None:

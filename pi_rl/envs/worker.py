@@ -4,12 +4,14 @@
 simulator, never torch, transformers or lerobot.
 """
 
+import faulthandler
 import importlib
 import itertools
 import mmap
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 import warnings
@@ -55,7 +57,7 @@ class Layout:
     cameras: Mapping[str, tuple[int, int]]
 
     def fields(self) -> dict[str, tuple[tuple[int, ...], type]]:
-        """Returns shape and dtype of each shared array; the first axis is always the environment."""
+        """Returns shape and dtype of each shared array; the first axis is the environment."""
         envs = self.num_envs
         return {
             "reset_ids": ((envs, 2), np.int64),
@@ -66,6 +68,7 @@ class Layout:
             "success": ((envs,), np.bool_),
             "failed": ((envs,), np.bool_),
             "steps": ((envs,), np.int64),
+            "pulse": ((envs,), np.int64),  # by worker, of which there are never more than environments
             "states": ((envs, self.state_dim), np.float32),
             **{camera: ((envs, height, width, 3), np.uint8) for camera, (height, width) in self.cameras.items()},
         }
@@ -94,7 +97,9 @@ class Layout:
 class Worker:
     """Simulators of one process: some of the environments, and one for scripted experts."""
 
-    def __init__(self, backend: Backend, layout: Layout, arrays: dict[str, NDArray[Any]], max_episode_steps: int):
+    def __init__(
+        self, backend: Backend, layout: Layout, arrays: dict[str, NDArray[Any]], max_episode_steps: int, index: int
+    ):
         """Starts without simulators; resets make them.
 
         Args:
@@ -102,11 +107,13 @@ class Worker:
             layout: Sizes of the arrays.
             arrays: Shared arrays of the layout.
             max_episode_steps: Steps after which an episode is truncated.
+            index: The worker's number, from 0.
         """
         self._backend = backend
         self._cameras = layout.cameras
         self._arrays = arrays
         self._max_episode_steps = max_episode_steps
+        self._index = index
         self._slots: dict[int, tuple[int, Sim]] = {}  # environment -> task index, simulator
         self._idle: list[tuple[int, Sim]] = []  # task index, simulator; the least recently used first
         self._expert: tuple[int, Sim] | None = None  # task index, simulator of the last expert
@@ -155,7 +162,13 @@ class Worker:
 
     def _make(self, task: int) -> Sim:
         self._made += 1
-        return self._backend.make(task)
+        sim = self._backend.make(task)
+        self._beat()
+        return sim
+
+    def _beat(self) -> None:
+        """Tells the parent that one more call of a simulator has returned."""
+        self._arrays["pulse"][self._index] += 1
 
     def reset(self, slots: list[int]) -> dict[int, str]:
         """Resets environments to the shared `reset_ids` and writes their first observations.
@@ -184,6 +197,7 @@ class Worker:
     def _start(self, slot: int, task: int, state_id: int) -> None:
         sim = self._simulator(slot, task)
         sim.reset(state_id)
+        self._beat()
         self._observe(slot, sim)
 
     def _observe(self, slot: int, sim: Sim, *, draw: bool = True) -> None:
@@ -193,6 +207,7 @@ class Worker:
         self._arrays["states"][slot] = state
         if draw:
             sim.draw({camera: self._arrays[camera][slot] for camera in self._cameras})
+        self._beat()
 
     def step_chunk(self, slots: list[int], chunk: int) -> dict[int, str]:
         """Executes the first `chunk` shared actions of each of the environments `slots`.
@@ -228,6 +243,7 @@ class Worker:
         steps = 0
         while steps < chunk and not (over or cut):
             solved = sim.step(arrays["actions"][slot, steps])
+            self._beat()
             over = solved or getattr(sim, "over", False)
             cut = sim.steps >= self._max_episode_steps or getattr(sim, "cut", False)
             if not np.isfinite(sim.reward):
@@ -257,7 +273,11 @@ class Worker:
 
     def render(self, slots: list[int], height: int, width: int, show_arm: bool) -> dict[int, NDArray[np.uint8]]:
         """Draws video frames of environments that were reset before."""
-        return {slot: self._slots[slot][1].frame(height, width, show_arm=show_arm) for slot in slots}
+        frames = {}
+        for slot in slots:
+            frames[slot] = self._slots[slot][1].frame(height, width, show_arm=show_arm)
+            self._beat()
+        return frames
 
     def rollout_expert(self, request: ExpertRequest) -> ExpertEpisode:
         """Runs a scripted expert once without images, and again with images if it succeeded and they are wanted.
@@ -307,6 +327,7 @@ class Worker:
             states.append(state)
             actions.append(action)
             success = sim.step(action) or success
+            self._beat()
         return success
 
     def _replay(self, sim: Sim, state_id: int, actions: list[NDArray[np.float32]]) -> dict[str, NDArray[np.uint8]]:
@@ -321,6 +342,7 @@ class Worker:
             frame: Images = {camera: drawn[step] for camera, drawn in images.items()}
             sim.draw(frame)
             success = sim.step(action) or success
+            self._beat()
         if not success:
             raise RuntimeError(
                 f"the replay of state {state_id} did not repeat the episode: the simulator is not deterministic"
@@ -353,11 +375,10 @@ def _expert_noise(request: ExpertRequest) -> Iterator[NDArray[np.float64]]:
 def serve(connection: Connection, memory: mmap.mmap) -> None:
     """Answers commands until told to close, or until the parent process is gone.
 
-    The first message is the configuration (dict: simulator, tasks, options, layout, max_episode_steps, path: what to
-    add to `sys.path`). Each later one is (command, arguments); each answer is ("ok", result) or ("error", exception
-    name, message, traceback).
+    The first message is the configuration (dict: simulator, tasks, options, layout, max_episode_steps, index, path:
+    what to add to `sys.path`). Each later one is (command, arguments); each answer is ("ok", result) or ("error",
+    exception name, message, traceback).
     """
-    parent = os.getppid()
     config = connection.recv()
     try:
         sys.path.extend(entry for entry in config["path"] if entry not in sys.path)
@@ -367,10 +388,10 @@ def serve(connection: Connection, memory: mmap.mmap) -> None:
         connection.send(_error_reply(error))
         return
     layout = Layout(**config["layout"])
-    worker = Worker(backend, layout, layout.arrays(memory), config["max_episode_steps"])
+    worker = Worker(backend, layout, layout.arrays(memory), config["max_episode_steps"], config["index"])
     try:
         connection.send(("ok", None))
-        _answer(connection, worker, parent)
+        _answer(connection, worker)
     finally:
         backend.close()  # before the interpreter ends: OpenGL contexts freed during shutdown print errors
 
@@ -380,13 +401,8 @@ def _error_reply(error: Exception) -> tuple[str, str, str, str]:
     return ("error", type(error).__name__, str(error), traceback.format_exc())
 
 
-def _answer(connection: Connection, worker: Worker, parent: int) -> None:
+def _answer(connection: Connection, worker: Worker) -> None:
     while True:
-        # A process forked from the parent may hold the socket open after the parent died, so its id is checked too.
-        if not connection.poll(PARENT_CHECK_S):
-            if os.getppid() != parent:
-                return
-            continue
         command, arguments = connection.recv()
         if command == "close":
             return
@@ -397,9 +413,24 @@ def _answer(connection: Connection, worker: Worker, parent: int) -> None:
         connection.send(reply)
 
 
+def _end_with(parent: int) -> None:
+    """Ends this process some seconds after its parent is gone.
+
+    As a rule the closed socket has ended it by then. A simulator that hangs never reads the socket, and a process
+    forked from the parent may hold it open.
+    """
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_S)
+    time.sleep(PARENT_CHECK_S)
+    os._exit(1)
+
+
 def main() -> None:
     """Entry point: descriptors of the socket and of the shared memory are the two arguments."""
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    faulthandler.enable()  # a crash in a simulator's C code says where it was
+    faulthandler.register(signal.SIGUSR1)  # so does a hang: the parent asks before it gives us up
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # they may reach the whole group; the parent closes its workers
     warnings.filterwarnings("ignore")
     socket_fd, memory_fd = (int(argument) for argument in sys.argv[1:3])

@@ -1,25 +1,21 @@
 """A vector environment whose simulators live in worker processes, with observations and actions in shared memory."""
 
-import errno
+import logging
 import mmap
 import os
-import socket
-import subprocess
 import sys
-import tempfile
 import weakref
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from multiprocessing.connection import Connection, wait
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pi_rl.envs.failures import FailureLog
-from pi_rl.envs.interpreters import worker_command, worker_environment
+from pi_rl.envs.failures import MAX_FAILURES_IN_A_ROW, FailureLog
+from pi_rl.envs.interpreters import worker_environment
 from pi_rl.envs.renderer import child_environment, choose_renderer
 from pi_rl.envs.vector_env import (
     NO_CHUNK,
@@ -40,34 +36,22 @@ from pi_rl.envs.vector_env import (
     check_reset,
 )
 from pi_rl.envs.worker import Layout
+from pi_rl.envs.worker_process import (
+    DEFAULT_TIMEOUT_S,
+    Answer,
+    Launcher,
+    WorkerLostError,
+    WorkerProcess,
+    anonymous_file,
+    listen,
+    lost_in,
+    result_of,
+    said,
+    shared_out,
+    stop_workers,
+)
 
-CLOSE_TIMEOUT_S = 5.0
-STDERR_TAIL_CHARACTERS = 2000
-_SAME_ERROR: dict[str, type[Exception]] = {"ValueError": ValueError, "FileNotFoundError": FileNotFoundError}
-"""Errors of a worker whose message says all; of others the traceback is shown too."""
-
-
-@dataclass(eq=False)
-class _Answer:
-    """What a worker will say to a command that was sent."""
-
-    value: Any = None
-    arrived: bool = False
-
-
-@dataclass(eq=False)
-class _Process:
-    """One worker as the parent sees it; it answers in the order of the commands."""
-
-    index: int
-    popen: subprocess.Popen[bytes]
-    connection: Connection
-    stderr: IO[bytes]
-    expected: deque[_Answer] = field(default_factory=deque)
-
-    def stderr_tail(self) -> str:
-        self.stderr.seek(0)
-        return self.stderr.read().decode(errors="replace")[-STDERR_TAIL_CHARACTERS:].strip()
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -77,7 +61,7 @@ class _Chunk:
     mask: NDArray[np.bool_]
     length: int
     stillborn: dict[int, str]
-    answers: list[tuple[_Process, _Answer]]
+    answers: list[Answer]
 
 
 def available_cores() -> int:
@@ -100,10 +84,14 @@ class WorkerVectorEnv(VectorEnv):
     ones, which would import the user's main module, and with it torch, in each of them. They start in the background:
     the constructor returns at once and the first command waits for them.
 
+    A worker that dies, or that hangs, is replaced: the running episodes of its environments are lost, as if their
+    simulators had broken down, and the others go on. A reset or an expert's episode is run once more.
+
     Attributes:
         spec: What a policy must know.
         num_envs: B.
         num_workers: Worker processes.
+        worker_restarts: Workers that were replaced so far.
     """
 
     def __init__(
@@ -114,6 +102,7 @@ class WorkerVectorEnv(VectorEnv):
         num_envs: int,
         num_workers: int | None = None,
         python: str = sys.executable,
+        worker_timeout_s: float = DEFAULT_TIMEOUT_S,
     ):
         """Starts the worker processes.
 
@@ -125,35 +114,26 @@ class WorkerVectorEnv(VectorEnv):
             num_envs: B, at least 1.
             num_workers: Processes; None means one per core. More than `num_envs` are never started.
             python: Interpreter of the workers, where a simulator needs another one; pi_rl itself needs numpy there.
+            worker_timeout_s: Seconds above 0 that one call of a simulator (making it, a reset, a step, a picture) may
+                take; a worker in which none returns for so long hangs. The length of chunks plays no part.
 
         Raises:
-            ValueError: A count below 1.
+            ValueError: A count below 1, or a timeout that is not above 0.
             RuntimeError: No off-screen renderer works (with the command that installs one).
         """
         if num_envs < 1:
             raise ValueError(f"num_envs must be at least 1, got {num_envs}")
         if num_workers is not None and num_workers < 1:
             raise ValueError(f"num_workers must be at least 1 (or None for one per core), got {num_workers}")
+        if not 0 < worker_timeout_s < float("inf"):
+            raise ValueError(f"worker_timeout_s must be a number of seconds above 0, got {worker_timeout_s}")
         self.spec = spec
         self.num_envs = num_envs
         self.num_workers = default_num_workers(num_envs) if num_workers is None else min(num_workers, num_envs)
         layout = Layout(num_envs, spec.max_episode_steps, spec.action_dim, spec.state_dim, dict(spec.cameras))
         environment = worker_environment(python, child_environment(choose_renderer()))
-        with _anonymous_file(layout.nbytes()) as file:
-            self._arrays = layout.arrays(mmap.mmap(file.fileno(), 0))
-            self._workers = [_start_worker(i, python, file.fileno(), environment) for i in range(self.num_workers)]
-        self._finalizer = weakref.finalize(self, _stop_workers, self._workers, os.getpid())
-        self._slots = _shared_out([list(range(num_envs))], self.num_workers)
-        self._chunks: deque[_Chunk] = deque()
-        self._busy = np.zeros(num_envs, bool)
-        self._ids = np.zeros((num_envs, 2), np.int64)
-        self._paid = np.zeros(num_envs)  # rewards of the running episode
-        self._failures = FailureLog(spec, num_envs)
-        self._stillborn: dict[int, str] = {}  # environments whose episode could not start: what went wrong
-        self._ever_reset = np.zeros(num_envs, bool)
-        self._running = np.zeros(num_envs, bool)
-        self._started = False
-        self._rolling_out = False
+        memory = anonymous_file(layout.nbytes())
+        self._arrays = layout.arrays(mmap.mmap(memory.fileno(), 0))
         config = {
             "simulator": simulator,
             "tasks": list(spec.tasks),
@@ -162,8 +142,25 @@ class WorkerVectorEnv(VectorEnv):
             "max_episode_steps": spec.max_episode_steps,
             "path": [str(Path(entry).resolve()) for entry in sys.path] if python == sys.executable else [],
         }
-        for worker in self._workers:
-            self._send(worker, config)
+        self._launcher = Launcher(python, environment, memory, config, self._arrays["pulse"])
+        self._timeout_s = worker_timeout_s
+        self._workers = [self._launcher.start(i) for i in range(self.num_workers)]
+        self._finalizer = weakref.finalize(self, stop_workers, self._workers, memory, os.getpid())
+        self._slots = shared_out([list(range(num_envs))], self.num_workers)
+        self._chunks: deque[_Chunk] = deque()
+        self._busy = np.zeros(num_envs, bool)
+        self._ids = np.zeros((num_envs, 2), np.int64)
+        self._paid = np.zeros(num_envs)  # rewards of the running episode
+        self._failures = FailureLog(spec, num_envs)
+        self._stillborn: dict[int, str] = {}  # environments whose episode has no simulator: what went wrong
+        self._orphaned: set[int] = set()  # environments whose episode was lost with their worker
+        self._ever_reset = np.zeros(num_envs, bool)
+        self._simulated = np.zeros(num_envs, bool)  # a simulator holds the episode, running or ended
+        self.worker_restarts = 0
+        self._lost_in_a_row = [0] * self.num_workers
+        self._running = np.zeros(num_envs, bool)
+        self._started = False
+        self._rolling_out = False
 
     @property
     def worker_pids(self) -> list[int]:
@@ -175,13 +172,29 @@ class WorkerVectorEnv(VectorEnv):
         array, slots = check_reset(ids, indices, self.num_envs, self.spec)
         check_idle(slots, self._busy)
         self._arrays["reset_ids"][slots] = array
-        answers = self._wait(self._ask("reset", slots))
+        self._running[slots] = False
+        problems, lost = self._reset(slots)
         chosen = set(slots.tolist())
         self._stillborn = {slot: problem for slot, problem in self._stillborn.items() if slot not in chosen}
-        self._stillborn.update(_merged(answers))
+        self._stillborn.update(problems)
+        self._orphaned = (self._orphaned - chosen) | lost.keys()
         self._ids[slots], self._paid[slots] = array, 0.0
-        self._running[slots] = self._ever_reset[slots] = True
+        self._running[slots] = self._ever_reset[slots] = self._simulated[slots] = True
+        self._simulated[list(problems)] = False
         return self._observation()
+
+    def _reset(self, slots: NDArray[np.int64]) -> tuple[dict[int, str], dict[int, str]]:
+        """Has episodes started, once more where a worker was lost.
+
+        Returns:
+            What went wrong, by environment; the part of it in which a worker was lost again.
+        """
+        answers = self._ask("reset", slots)
+        self._wait(answers)
+        lost = lost_in(answers)
+        again = self._ask("reset", np.array(sorted(lost), np.int64))
+        self._wait(again)
+        return said(answers) | said(again) | lost_in(again), lost_in(again)
 
     def arrange(self, groups: Sequence[Sequence[int] | NDArray[np.int64]]) -> None:
         """Gives each group workers of its own; see `VectorEnv.arrange`.
@@ -192,15 +205,15 @@ class WorkerVectorEnv(VectorEnv):
             ValueError: The groups are not all environments once.
             RuntimeError: A started chunk waits to be finished.
         """
-        wanted = _shared_out(check_groups_of_envs(groups, self.num_envs), self.num_workers)
+        wanted = shared_out(check_groups_of_envs(groups, self.num_envs), self.num_workers)
         if self._chunks:
             raise RuntimeError("environments cannot be arranged while a chunk waits to be finished")
         if wanted == self._slots:
             return
         if self._ever_reset.any():
             self._wait(self._ask("release", np.arange(self.num_envs)))
-        self._running[:] = self._ever_reset[:] = False
-        self._stillborn = {}
+        self._running[:] = self._ever_reset[:] = self._simulated[:] = False
+        self._stillborn, self._orphaned = {}, set()
         self._slots = wanted
 
     @property
@@ -228,7 +241,10 @@ class WorkerVectorEnv(VectorEnv):
         if not self._chunks:
             raise RuntimeError(NO_CHUNK)
         chunk = self._chunks.popleft()
-        problems = _merged(self._wait(chunk.answers)) | chunk.stillborn
+        self._wait(chunk.answers)
+        gone = lost_in(chunk.answers) | chunk.stillborn  # nothing that is in the shared arrays is of this chunk
+        problems = said(chunk.answers) | gone
+        chunk.mask[list(gone)] = False
         slots = np.flatnonzero(chunk.mask)
         shared, rewards = self._arrays, np.zeros((self.num_envs, chunk.length), np.float32)
         rewards[slots] = shared["rewards"][slots, : chunk.length]
@@ -238,11 +254,14 @@ class WorkerVectorEnv(VectorEnv):
             outcome[name] = np.zeros_like(shared[name])
             outcome[name][slots] = shared[name][slots]
         result = ChunkResult(observation=self._observation(), rewards=rewards, **outcome)
-        result.failed[list(chunk.stillborn)] = True
-        self._busy[slots] = self._busy[list(chunk.stillborn)] = False
+        result.failed[list(gone)] = True
+        self._busy[slots] = self._busy[list(gone)] = False
         self._running &= ~result.done
         self._ever_reset &= ~result.failed
-        self._failures.note(problems, self._ids, result.terminated | result.truncated)
+        for worker, mine in enumerate(self._slots):
+            if (result.terminated | result.truncated)[mine].any():
+                self._lost_in_a_row[worker] = 0
+        self._failures.note(problems, self._ids, result.terminated | result.truncated, self._orphaned)
         return result
 
     def _observation(self) -> Observation:
@@ -257,7 +276,11 @@ class WorkerVectorEnv(VectorEnv):
     def render(
         self, indices: Sequence[int] | NDArray[np.int64], height: int, width: int, *, show_arm: bool = True
     ) -> NDArray[np.uint8]:
-        """Draws video frames; see `VectorEnv.render`. Environments that were never reset are a ValueError."""
+        """Draws video frames; see `VectorEnv.render`.
+
+        Environments that were never reset are a ValueError. Where a worker that was lost had the simulator, or the
+        episode could not start, the frame is black.
+        """
         slots = check_indices(indices, self.num_envs)
         if not (1 <= height <= 2048 and 1 <= width <= 2048):
             raise ValueError(f"frames must be 1 to 2048 pixels high and wide, got {height} x {width}")
@@ -265,10 +288,13 @@ class WorkerVectorEnv(VectorEnv):
         if unknown:
             raise ValueError(f"environments {unknown} have no episode, running or ended, so there is nothing to draw")
         check_idle(slots, self._busy)
-        drawn = _merged(self._wait(self._ask("render", slots, height, width, show_arm)))
-        frames = np.empty((len(slots), height, width, 3), np.uint8)
+        answers = self._ask("render", slots[self._simulated[slots]], height, width, show_arm)
+        self._wait(answers)
+        drawn = said(answers)
+        frames = np.zeros((len(slots), height, width, 3), np.uint8)
         for i, slot in enumerate(slots.tolist()):
-            frames[i] = drawn[slot]
+            if slot in drawn:
+                frames[i] = drawn[slot]
         return frames
 
     def rollout_experts(
@@ -279,7 +305,7 @@ class WorkerVectorEnv(VectorEnv):
         Args:
             requests: `ExpertRequest`s, or mappings with its fields. Taken as workers become free, so a generator may
                 stop once it has seen enough; how many requests are under way by then depends on timing, the result of
-                each request does not.
+                each request does not. One whose worker is lost is run again, and has failed if that is lost too.
 
         Yields:
             One episode per request, in the order of the requests. No other method may be called before the iterator
@@ -292,34 +318,58 @@ class WorkerVectorEnv(VectorEnv):
         self._ready()
         if self._chunks:
             raise RuntimeError("finish the chunks that were started before experts are run")
-        waiting = iter(requests)
-        busy: dict[Any, tuple[int, _Process]] = {}  # by connection, as `wait` returns them
+        waiting = enumerate(map(self._request, requests))
+        again: deque[tuple[int, ExpertRequest]] = deque()
+        tried_again: set[int] = set()
+        busy: dict[int, tuple[int, ExpertRequest, Answer]] = {}  # by worker
         done: dict[int, ExpertEpisode] = {}
-        sent = yielded = 0
-        idle = list(self._workers)
+        yielded = 0
+        idle = list(range(self.num_workers))
         self._rolling_out = True
         try:
             while True:
-                while idle and (request := next(waiting, None)) is not None:
+                while idle and (job := again.popleft() if again else next(waiting, None)) is not None:
                     worker = idle.pop()
-                    self._send(worker, ("rollout_expert", (self._request(request),)))
-                    busy[worker.connection] = (sent, worker)
-                    sent += 1
+                    busy[worker] = (*job, self._expect(worker, [], "rollout_expert", job[1]))
                 if not busy:
                     return
-                for connection in wait(list(busy)):
-                    number, worker = busy[connection]
-                    done[number] = self._receive(worker)
-                    del busy[connection]  # not before: an interruption in between leaves an answer to be read
+                self._listen(list(busy))
+                for worker, (number, request, answer) in list(busy.items()):
+                    if not answer.arrived:
+                        continue
+                    del busy[worker]
                     idle.append(worker)
+                    if answer.lost and number not in tried_again:
+                        tried_again.add(number)
+                        again.append((number, request))
+                        continue
+                    done[number] = self._expert_episode(request, answer)
                 while yielded in done:
                     yielded += 1
                     yield done.pop(yielded - 1)
         finally:
             self._rolling_out = False
-            for _, worker in busy.values():
-                if self._finalizer.alive:
-                    self._receive(worker)
+            if self._finalizer.alive:
+                self._wait([answer for _, _, answer in busy.values()])
+
+    def _expert_episode(self, request: ExpertRequest, answer: Answer) -> ExpertEpisode:
+        """What the worker sent; where two workers were lost over it, an attempt that failed."""
+        if not answer.lost:
+            self._lost_in_a_row[answer.worker] = 0
+            return answer.value
+        logger.warning(
+            f"the expert's episode of {self.spec.tasks[int(request.task)]}, state {request.state_id}, has failed: "
+            f"{answer.lost}, for the second time."
+        )
+        actions, states = (np.zeros((0, size), np.float32) for size in (self.spec.action_dim, self.spec.state_dim))
+        return ExpertEpisode(
+            task=int(request.task),
+            state_id=request.state_id,
+            success=False,
+            actions=actions,
+            states=states,
+            images=None,
+        )
 
     def _request(self, request: ExpertRequest | Mapping[str, Any]) -> ExpertRequest:
         checked = request if isinstance(request, ExpertRequest) else ExpertRequest(**request)
@@ -335,44 +385,105 @@ class WorkerVectorEnv(VectorEnv):
     def worker_reports(self) -> list[dict[str, Any]]:
         """Returns what each worker holds: `pid`, imported `modules`, `simulators` made, `cpu_seconds`, `renderer`."""
         self._ready()
-        return self._wait([(worker, self._expect(worker, ("report", ()))) for worker in self._workers])
+        answers = [self._expect(worker, [], "report") for worker in range(self.num_workers)]
+        self._wait(answers)
+        for worker in [answer.worker for answer in answers if answer.lost]:
+            answers[worker] = self._expect(worker, [], "report")
+        self._wait(answers)
+        return [answer.value for answer in answers]
 
     def close(self) -> None:
         """Ends the workers and frees the shared memory; calling it again does nothing."""
         self._finalizer()
+        self._busy[:] = False
 
-    def _ask(self, name: str, slots: NDArray[np.int64], *arguments: Any) -> list[tuple[_Process, _Answer]]:
+    def _ask(self, name: str, slots: NDArray[np.int64], *arguments: Any) -> list[Answer]:
         """Sends a command about some environments to the workers that simulate them."""
         self._ready()
         chosen = set(slots.tolist())
+        return [
+            self._expect(worker, part, name, part, *arguments)
+            for worker, mine in enumerate(self._slots)
+            if (part := [slot for slot in mine if slot in chosen])
+        ]
+
+    def _expect(self, worker: int, slots: list[int], name: str, *arguments: Any) -> Answer:
+        """Sends a command to a worker; `slots` are the environments that it concerns."""
+        answer = Answer(worker, slots)
         try:
-            return [
-                (worker, self._expect(worker, (name, (part, *arguments))))
-                for worker, mine in zip(self._workers, self._slots, strict=True)
-                if (part := [slot for slot in mine if slot in chosen])
-            ]
+            self._workers[worker].send((name, arguments))
+            self._workers[worker].expected.append(answer)
         except BaseException:
-            self.close()  # some workers have the command and some have not
+            self.close()  # Ctrl-C: the worker may have the command, and others have not
             raise
+        return answer
 
-    def _expect(self, worker: _Process, message: Any) -> _Answer:
-        self._send(worker, message)
-        worker.expected.append(_Answer())
-        return worker.expected[-1]
-
-    def _wait(self, asked: Sequence[tuple[_Process, _Answer]]) -> list[Any]:
-        """Answers to commands; those to earlier commands, which come before, are kept for who waits for them."""
+    def _wait(self, answers: Sequence[Answer]) -> None:
+        """Waits for answers; those to earlier commands, which come before, are kept for who waits for them."""
         self._ready()
+        while waiting := {answer.worker for answer in answers if not answer.arrived}:
+            self._listen(sorted(waiting))
+
+    def _listen(self, workers: Sequence[int]) -> None:
+        """Takes what some workers say, and replaces those that are lost."""
         try:
-            for worker, answer in asked:
-                while not answer.arrived:
-                    value = self._receive(worker)
-                    first = worker.expected.popleft()
-                    first.value, first.arrived = value, True
-            return [answer.value for _, answer in asked]
+            for worker, message in listen([self._workers[index] for index in workers]):
+                if isinstance(message, WorkerLostError):
+                    self._replace(worker, message)
+                else:
+                    answer = worker.expected.popleft()
+                    answer.value, answer.arrived = result_of(worker, message), True
         except BaseException:
             self.close()  # answers may still be under way (Ctrl-C too): no later command could tell them from its own
             raise
+
+    def _replace(self, worker: WorkerProcess, lost: WorkerLostError) -> None:
+        """Starts a new worker in place of a lost one, whose running episodes are over.
+
+        Raises:
+            RuntimeError: No episode was finished between this loss and the ones before; or the new one does not start.
+        """
+        index, problem = worker.index, f"its {lost}"
+        for answer in worker.expected:
+            answer.lost, answer.arrived = problem, True
+        mine = self._slots[index]
+        self._simulated[mine] = False
+        running = [slot for slot in mine if self._running[slot]]
+        self._stillborn.update(dict.fromkeys(running, problem))
+        self._orphaned.update(running)
+        self.worker_restarts += 1
+        self._lost_in_a_row[index] += 1
+        if self._lost_in_a_row[index] >= MAX_FAILURES_IN_A_ROW:
+            raise RuntimeError(
+                f"environment {lost}. That is {MAX_FAILURES_IN_A_ROW} times in a row that worker {index} of "
+                f"{self.num_workers} was lost and finished no episode: something is wrong with the simulator, or "
+                f"memory is short (then use fewer environments). The environment is closed. Its last words:\n"
+                f"{lost.last_words}"
+            )
+        logger.warning(
+            f"environment {lost}. A new one takes its place; {len(running)} running episodes are dropped, the others "
+            f"go on. Its last words:\n{lost.last_words}"
+        )
+        self._workers[index] = self._launcher.start(index)
+        self._await_start([index])
+
+    def _await_start(self, workers: Sequence[int]) -> None:
+        """Waits until workers that were started can take commands.
+
+        Raises:
+            RuntimeError: One ended, or said why it cannot.
+        """
+        starting = set(workers)
+        while starting:
+            for worker, message in listen([self._workers[index] for index in sorted(starting)]):
+                if isinstance(message, WorkerLostError):
+                    raise RuntimeError(
+                        f"environment {message} while it started. The environment is closed. Its last words:\n"
+                        f"{message.last_words}"
+                    )
+                result_of(worker, message)
+                worker.limit_s = self._timeout_s
+                starting.discard(worker.index)
 
     def _ready(self) -> None:
         if not self._finalizer.alive:
@@ -381,106 +492,8 @@ class WorkerVectorEnv(VectorEnv):
             raise RuntimeError("an iterator of rollout_experts is unfinished: exhaust or close it first")
         if not self._started:
             try:
-                for worker in self._workers:
-                    self._receive(worker)
+                self._await_start(range(self.num_workers))
             except BaseException:
                 self.close()
                 raise
             self._started = True
-
-    def _send(self, worker: _Process, message: Any) -> None:
-        try:
-            worker.connection.send(message)
-        except (BrokenPipeError, ConnectionError):
-            raise self._died(worker) from None
-
-    def _receive(self, worker: _Process) -> Any:
-        try:
-            status, *rest = worker.connection.recv()
-        except (EOFError, ConnectionError):
-            raise self._died(worker) from None
-        if status == "ok":
-            return rest[0]
-        kind, message, trace = rest
-        self.close()
-        if kind in _SAME_ERROR:
-            raise _SAME_ERROR[kind](message)
-        raise RuntimeError(f"worker {worker.index} failed with {kind}: {message}\n{trace}")
-
-    def _died(self, worker: _Process) -> RuntimeError:
-        try:
-            code: int | str = worker.popen.wait(CLOSE_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            code = "unknown (still running)"
-        tail = worker.stderr_tail() or "(nothing)"
-        self.close()
-        return RuntimeError(
-            f"environment worker {worker.index} of {self.num_workers} ended unexpectedly with exit code {code} "
-            f"(negative: killed by that signal; -9 is often lack of memory). The environment is closed. "
-            f"Its last words:\n{tail}"
-        )
-
-
-def _merged[T](answers: Iterable[Mapping[int, T]]) -> dict[int, T]:
-    """What all workers said, by environment."""
-    return {slot: value for answer in answers for slot, value in answer.items()}
-
-
-def _shared_out(groups: Sequence[Sequence[int]], num_workers: int) -> list[list[int]]:
-    """Environments of each worker, which serves one group; several where there are more groups than workers."""
-    served: list[list[int]] = [[] for _ in range(num_workers)]
-    for number, group in enumerate(groups):
-        mine = range(number % num_workers, num_workers, min(len(groups), num_workers))
-        for position, slot in enumerate(group):
-            served[mine[position % len(mine)]].append(slot)
-    return served
-
-
-def _anonymous_file(size: int) -> IO[bytes]:
-    """An unlinked temporary file of that size, in memory if there is room for it."""
-    shared = Path("/dev/shm")
-    if shared.is_dir() and os.access(shared, os.W_OK):
-        file = tempfile.TemporaryFile(dir=shared)
-        try:
-            os.posix_fallocate(file.fileno(), 0, size)  # a sparse file on a full /dev/shm would kill us on writing
-            return file
-        except OSError as error:
-            file.close()
-            if error.errno != errno.ENOSPC:
-                raise
-    file = tempfile.TemporaryFile()
-    os.posix_fallocate(file.fileno(), 0, size)
-    return file
-
-
-def _start_worker(index: int, python: str, memory_fd: int, environment: dict[str, str]) -> _Process:
-    ours, theirs = socket.socketpair()
-    with theirs:
-        stderr = tempfile.TemporaryFile()
-        popen = subprocess.Popen(
-            [*worker_command(python), str(theirs.fileno()), str(memory_fd)],
-            pass_fds=(theirs.fileno(), memory_fd),
-            stdin=subprocess.DEVNULL,
-            stdout=stderr,
-            stderr=stderr,
-            env=environment,
-        )
-    return _Process(index, popen, Connection(ours.detach()), stderr)
-
-
-def _stop_workers(workers: list[_Process], owner: int) -> None:
-    if os.getpid() != owner:
-        return  # a fork of the owner ends: the workers are not its own
-    for worker in workers:
-        try:
-            worker.connection.send(("close", ()))
-        except OSError:
-            pass  # it is dead already
-        worker.connection.close()
-    for worker in workers:
-        try:
-            worker.popen.wait(CLOSE_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            worker.popen.kill()
-            worker.popen.wait()
-        worker.stderr.close()

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
 from lerobot.configs import PreTrainedConfig
 from lerobot.policies.factory import get_policy_class, make_pre_post_processors
 from lerobot.policies.pretrained import PreTrainedPolicy
@@ -31,6 +30,13 @@ from pi_rl.policies.actor_critic import FlowActorCritic
 from pi_rl.policies.adapted_weights import adapted_weights, read_lora_config
 from pi_rl.policies.flow_policy import check_compatibility as check_compatibility
 from pi_rl.policies.lora import ADAPTER_CONFIG_FILE, VLM_PREFIX, MergedState, has_lora, read_adapter, save_adapter
+from pi_rl.policies.untrusted import (
+    TOKENIZER_FILES,
+    check_policy_folder,
+    check_tokenizer_name,
+    download_policy,
+    read_json,
+)
 from pi_rl.policies.weight_files import INDEX_FILE, WEIGHTS_FILE, StoredWeights, shards_of, stored_weights
 from pi_rl.policies.weights import (
     build_with_weights,
@@ -49,17 +55,8 @@ POSTPROCESSOR_FILE = "policy_postprocessor.json"
 CRITIC_FILE = "critic.safetensors"
 NOISE_NETWORK_FILE = "noise_network.safetensors"
 ADAPTER_FOLDER = "adapter"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-)
 # layers that LeRobot holds in bfloat16 when its dtype is that (norms and vision stay float32)
 _REDUCED_LAYERS = ("self_attn.q_proj.weight", "mlp.up_proj.weight")
-_DOWNLOADED = ("*.json", "*.safetensors", "*.model", "*.jinja", "README.md")
 _TOKENIZER_STEP, _DEVICE_STEP = "tokenizer_processor", "device_processor"
 
 
@@ -315,13 +312,13 @@ def set_tokenizer_name(folder: str | Path, name: str) -> None:
         ValueError: If the folder has no preprocessor or configuration.
     """
     path = Path(folder) / PREPROCESSOR_FILE
-    pipeline = _read_json(path, "preprocessor")
+    pipeline = read_json(path, "preprocessor")
     for step in pipeline["steps"]:
         if step.get("registry_name") == _TOKENIZER_STEP:
             step["config"]["tokenizer_name"] = name
     path.write_text(json.dumps(pipeline, indent=2))
     path = Path(folder) / CONFIG_FILE
-    config = _read_json(path, "configuration")
+    config = read_json(path, "configuration")
     if "tokenizer_name" in config:
         config["tokenizer_name"] = name
         path.write_text(json.dumps(config, indent=4))
@@ -374,34 +371,32 @@ def _heads(actor_critic: FlowActorCritic) -> dict[str, nn.Module]:
 
 
 def policy_folder(path_or_hub_id: str | Path, revision: str | None = None) -> Path:
-    """The folder of a policy; a Hub id is downloaded.
+    """The folder of a policy; a Hub id is downloaded. Nothing that a folder names is executed.
 
     Args:
         path_or_hub_id: Folder, or a Hub id "user/name".
         revision: Hub commit, branch or tag; only for Hub ids.
 
     Raises:
-        ValueError: If it is neither, or a revision comes with a folder.
+        ValueError: If it is neither, a revision comes with a folder, or `pi_rl.policies.untrusted` refuses what it
+            holds.
     """
     path = Path(path_or_hub_id).expanduser()
     if path.is_dir():
         if revision is not None:
             raise ValueError(f"revision={revision!r} was given with the local folder {path}; it is for Hub ids only.")
+        check_policy_folder(path)
         return path.absolute()
     text = str(path_or_hub_id)
     if isinstance(path_or_hub_id, Path) or text.startswith((".", "/", "~")) or text.count("/") != 1:
         raise ValueError(f"{text!r} is neither an existing folder nor a Hub id of the form 'user/name'.")
-    return Path(snapshot_download(text, revision=revision, allow_patterns=list(_DOWNLOADED)))
-
-
-def _read_json(path: Path, what: str) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"No {what} in {path.parent}: {path.name} is missing. Give a folder in LeRobot's layout.")
-    return json.loads(path.read_text())
+    folder = download_policy(text, revision)
+    check_policy_folder(folder)
+    return folder
 
 
 def _read_config(folder: Path) -> PreTrainedConfig:
-    stored = _read_json(folder / CONFIG_FILE, "configuration")
+    stored = read_json(folder / CONFIG_FILE, "configuration")
     types = supported_config_types()
     if stored.get("type") not in types:
         raise ValueError(f"{folder / CONFIG_FILE} has type {stored.get('type')!r}; supported types are {types}.")
@@ -435,7 +430,7 @@ def _read_processors(
     folder: Path, config: PreTrainedConfig
 ) -> tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]:
     stored = {
-        name: _read_json(folder / name, what)
+        name: read_json(folder / name, what)
         for name, what in ((PREPROCESSOR_FILE, "preprocessor"), (POSTPROCESSOR_FILE, "postprocessor"))
     }
     for name, pipeline in stored.items():
@@ -450,6 +445,8 @@ def _read_processors(
     if _TOKENIZER_STEP in steps and has_tokenizer_files(folder):
         tokenizer = str(folder)
         overrides[_TOKENIZER_STEP] = {"tokenizer_name": tokenizer}
+    elif _TOKENIZER_STEP in steps:
+        check_tokenizer_name(tokenizer, folder / PREPROCESSOR_FILE)
     try:
         return make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=overrides)
     except Exception as error:  # LeRobot wraps every cause in its own ValueError

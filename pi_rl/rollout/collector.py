@@ -171,7 +171,9 @@ class RolloutCollector:
             self._inputs.clear()
         tasks = self.env.spec.tasks
         self._statistics = RolloutStatistics(tasks, np.zeros((len(tasks), 4)))
+        restarts = self.env.worker_restarts
         records = [self._collect_epoch(epoch, progress) for epoch in range(self.epochs)]
+        self._statistics.restarts = self.env.worker_restarts - restarts
         return self._assemble(records)
 
     def _collect_epoch(self, epoch: int, progress: ProgressFn | None) -> _Record:

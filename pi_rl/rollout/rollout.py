@@ -24,7 +24,8 @@ class RolloutStatistics:
         per_task: (tasks, 4) float64: first episodes, their successes, environment steps and sum of rewards.
         env_steps: Simulated steps of all episodes, finished or not.
         episodes: Episodes that ended.
-        failed: Episodes that were lost because their simulator broke down.
+        failed: Episodes that were lost because their simulator broke down, or the process that it was in.
+        restarts: Simulator processes that were lost and replaced.
     """
 
     tasks: tuple[str, ...]
@@ -32,6 +33,7 @@ class RolloutStatistics:
     env_steps: int = 0
     episodes: int = 0
     failed: int = 0
+    restarts: int = 0
 
     def add_episode(self, task: int, success: bool, length: int, reward: float) -> None:
         """Counts an environment's first episode: of task ``task``, ``length`` environment steps long."""
@@ -39,19 +41,19 @@ class RolloutStatistics:
 
     def as_tensor(self) -> Tensor:
         """Everything in one float64 vector, for one reduction over processes."""
-        counts = [float(self.env_steps), float(self.episodes), float(self.failed)]
+        counts = [float(count) for count in (self.env_steps, self.episodes, self.failed, self.restarts)]
         return torch.from_numpy(np.append(self.per_task.ravel(), counts))
 
     def metrics(self, sums: Tensor) -> dict[str, float]:
         """Rates from a (reduced) vector of :meth:`as_tensor`; a rate of no episodes is left out.
 
         Args:
-            sums: (4 * tasks + 3,) float64.
+            sums: (4 * tasks + 4,) float64.
         """
-        table = sums[:-3].reshape(len(self.tasks), 4).cpu().numpy()
+        table = sums[:-4].reshape(len(self.tasks), 4).cpu().numpy()
         total = table.sum(0)
-        names = ("env_steps", "episodes", "failed_episodes")
-        metrics = {f"rollout/{name}": float(value) for name, value in zip(names, sums[-3:], strict=True)}
+        names = ("env_steps", "episodes", "failed_episodes", "worker_restarts")
+        metrics = {f"rollout/{name}": float(value) for name, value in zip(names, sums[-4:], strict=True)}
         if total[0] > 0:
             metrics["rollout/success_rate"] = float(total[1] / total[0])
             metrics["rollout/episode_length"] = float(total[2] / total[0])

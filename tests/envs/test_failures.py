@@ -21,8 +21,9 @@ def counters(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
     opened = []
 
-    def make(num_envs, num_workers=1, **options):
-        opened.append(WorkerVectorEnv(SPEC, "broken_simulator:CounterBackend", options, num_envs, num_workers))
+    def make(num_envs, num_workers=1, timeout=60, **options):
+        backend = "broken_simulator:CounterBackend"
+        opened.append(WorkerVectorEnv(SPEC, backend, options, num_envs, num_workers, worker_timeout_s=timeout))
         return opened[-1]
 
     yield make

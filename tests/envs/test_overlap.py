@@ -1,8 +1,5 @@
 """Chunks that are started and finished apart: real worker processes, and simulations in the calling process."""
 
-import os
-import signal
-
 import numpy as np
 import pytest
 
@@ -111,19 +108,6 @@ def test_an_episode_that_could_not_start_fails_in_its_own_chunk(counters, caplog
     assert env.finish_chunk().failed.tolist() == [False, True, False, False]
     assert "environment 1 (a, state 99) broke down" in caplog.text
     assert not env.finish_chunk().failed.any()
-
-
-def test_a_worker_that_dies_in_a_chunk_is_named_when_it_is_finished(counters):  # noqa: F811
-    env = counters(4, 2)
-    env.arrange([[0, 1], [2, 3]])
-    env.reset(ids(0, 1, 2, 3))
-    env.start_chunk(STEPS, FIRST)
-    os.kill(env.worker_pids[1], signal.SIGKILL)
-    assert env.finish_chunk().success[1]
-    with pytest.raises(RuntimeError, match="worker 1 of 2 ended unexpectedly with exit code -9"):
-        env.reset(ids(2, 3), [2, 3])
-    with pytest.raises(RuntimeError, match="was closed"):
-        env.reset(ids(0, 1), [0, 1])
 
 
 def test_simulations_in_this_process_run_when_they_are_finished():

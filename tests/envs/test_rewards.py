@@ -73,7 +73,7 @@ def test_nothing_is_simulated_or_paid_after_the_end(chunk):
     arrays = {name: np.zeros(shape, dtype) for name, (shape, dtype) in layout.fields().items()}
     sims = []
     backend = types.SimpleNamespace(make=lambda task: sims.append(FlickeringSim()) or sims[-1], max_idle=0)
-    worker = Worker(backend, layout, arrays, max_episode_steps=6)
+    worker = Worker(backend, layout, arrays, max_episode_steps=6, index=0)
     worker.reset([0, 1])
     rewards, steps = [], 0
     while not arrays["terminated"][0]:

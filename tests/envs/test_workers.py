@@ -259,15 +259,6 @@ def test_closing_ends_the_workers_and_leaks_nothing():
     assert set(os.listdir("/proc/self/fd")) <= before
 
 
-def test_a_dead_worker_is_named_with_its_exit_code():
-    env = blind_env()
-    env.reset(np.array([[0, 1], [0, 2]]))
-    os.kill(env.worker_pids[1], signal.SIGKILL)
-    with pytest.raises(RuntimeError, match=r"worker 1 of 2 ended unexpectedly with exit code -9 .*\n\(nothing\)"):
-        env.step_chunk(np.zeros((2, 1, 4), np.float32))
-    assert not any(alive(pid) for pid in env.worker_pids)
-
-
 def test_a_worker_that_cannot_start_says_why(monkeypatch):
     monkeypatch.setattr("pi_rl.envs.workers.choose_renderer", lambda: "broken")
     env = blind_env(num_envs=1)
