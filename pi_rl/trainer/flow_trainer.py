@@ -36,8 +36,8 @@ from pi_rl.rollout.rollout import Rollout
 from pi_rl.rollout.zero_success import warn_about_zero_success
 from pi_rl.trainer.build import build_actor_critic, build_input_storage, load_model
 from pi_rl.trainer.callbacks import IterationReport
-from pi_rl.trainer.checkpointing import CheckpointedTrainer
 from pi_rl.trainer.flow_config import FlowConfig
+from pi_rl.trainer.hub_push import PushingTrainer
 from pi_rl.trainer.metrics import MetricStore, all_reduce
 from pi_rl.trainer.ticks import TickDataset, tick_loader
 
@@ -63,7 +63,7 @@ class Estimates:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-class FlowTrainer(CheckpointedTrainer):
+class FlowTrainer(PushingTrainer):
     """What reinforcement learning of flow-matching policies has in common; the base of PPO and GRPO.
 
     One Hugging Face epoch is one iteration: at its first tick the policy acts in every environment, the algorithm
@@ -236,7 +236,8 @@ class FlowTrainer(CheckpointedTrainer):
             say(line)
 
     def close(self) -> None:
-        """Ends the simulator processes if the trainer started them, and frees the stored inputs."""
+        """Ends the simulator processes if the trainer started them, frees the stored inputs, reports failed pushes."""
+        self.report_pushes()
         if getattr(self, "collector", None) is not None:
             self.collector.close()
         if self._env_owned and getattr(self, "env", None) is not None:
