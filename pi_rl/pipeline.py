@@ -425,7 +425,7 @@ def _reinforce(run: _Run, policy_path: str | Path) -> None:
         with run.stage("rl", f"4. RL: {run.algorithm.upper()} with {rl.noise}, {rl.num_iterations} iterations"):
             # the first process's choice counts; others need not have the folder
             trainer.train(resume_from_checkpoint=_checkpoint_to_resume(run) if run.is_main else None)
-        trainer.save_model(str(run.folder / "policy"))
+        trainer.save_model(str(run.folder / "policy"), _internal_call=True)  # the push waits for card and results
         if run.is_main:
             trainer.state.save_to_json(str(run.folder / "trainer_state.json"))
         if evaluated:
@@ -434,6 +434,8 @@ def _reinforce(run: _Run, policy_path: str | Path) -> None:
             if run.is_main:
                 _report(run, trainer, policy_path, before, trainer.last_evaluation)
         run.wait()
+        if rl.push_to_hub:
+            trainer.push_saved(run.folder)
     finally:
         trainer.close()
 

@@ -68,7 +68,8 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _print_list(contents: "Contents", args: argparse.Namespace) -> None:
-    from pi_rl.hub.push_contents import CARD_NAME, size_of, size_text
+    from pi_rl.hub.push import size_of, size_text
+    from pi_rl.hub.push_contents import CARD_NAME
 
     sizes = {name: size_of(source) for name, source in contents.files.items()}
     if args.json:
@@ -86,7 +87,7 @@ def _print_list(contents: "Contents", args: argparse.Namespace) -> None:
 
 
 def _print_outcome(outcome: "PushOutcome", args: argparse.Namespace) -> int:
-    from pi_rl.hub.push_contents import size_text
+    from pi_rl.hub.push import size_text
 
     if args.json:
         print(json.dumps(asdict(outcome), indent=2))

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from pi_rl.hub.push_contents import CARD_NAME, Contents, policy_contents, policy_folder_of, run_folder_of
 from pi_rl.secrets import redacted
 
 WAITS_S = (1.0, 4.0, 16.0)
@@ -35,8 +34,8 @@ class PushOutcome:
         url: Page of the repository (at the revision); None after a failure.
         commit: Hash of the commit that holds the files; None after a failure.
         changed: Whether a commit was made; False when the Hub had everything already.
-        files: Paths in the repository.
-        size: Bytes of these files, whether they had to be sent or not.
+        files: Paths in the repository of what was uploaded or was there already.
+        size: Bytes of these files.
         error: Why it failed and what helps, without access tokens; None after success.
         refused: Whether the Hub refused it for a reason that the user can change, rather than failed.
     """
@@ -77,10 +76,12 @@ def push_folder(
         ValueError: The folder holds no complete policy, its card cannot be read, or `repo_id` is none. What goes wrong
             with the Hub is in the outcome.
     """
+    from pi_rl.hub.push_contents import policy_contents, with_card
+
     check_repo_id(repo_id)
     with_card(folder, repo_id)
-    return push_contents(
-        policy_contents(folder, repo_id),
+    return push_files(
+        policy_contents(folder, repo_id).files,
         repo_id,
         command=push_command(folder, repo_id, private=bool(private), revision=revision),
         message=message,
@@ -90,8 +91,8 @@ def push_folder(
     )
 
 
-def push_contents(
-    contents: Contents,
+def push_files(
+    files: Mapping[str, Path | bytes],
     repo_id: str,
     *,
     command: str,
@@ -104,8 +105,8 @@ def push_contents(
     """Uploads chosen files as one commit.
 
     Args:
-        contents: The files.
-        repo_id: "user/name".
+        files: Path in the repository to a local file or a content. Without any, repository and branch are created.
+        repo_id: "user/name"; a name alone is the token owner's.
         command: What repeats it, for the outcome.
         message: Of the commit.
         private: See :func:`push_folder`.
@@ -116,38 +117,33 @@ def push_contents(
     from huggingface_hub import HfApi
 
     api = HfApi(token=token)
-    about: dict[str, Any] = {"repo_id": repo_id, "command": command}
-    about |= {"files": tuple(contents.files), "size": contents.bytes}
+    size = sum(map(size_of, files.values()))
     try:
-        before = prepare_repo(api, repo_id, private=private, revision=revision, waits=waits)
-        commit = _repeating(lambda: _commit(api, contents.files, repo_id, message, revision), waits)
+        repo_id, before = _prepare_repo(api, repo_id, private=private, revision=revision, waits=waits)
+        commit = before
+        if files:
+            commit = _repeating(lambda: _commit(api, files, repo_id, message, revision), waits)
     except Exception as error:
-        return PushOutcome(**about, error=reason_of(error, repo_id, token), refused=_is_refusal(error))
+        return PushOutcome(
+            repo_id=repo_id, command=command, error=reason_of(error, repo_id, token), refused=_is_refusal(error)
+        )
     url = f"{api.endpoint}/{repo_id}" + (f"/tree/{quote(revision, safe='')}" if revision else "")
-    return PushOutcome(**about, url=url, commit=commit.oid, changed=commit.oid != before)
+    return PushOutcome(
+        repo_id=repo_id,
+        command=command,
+        url=url,
+        commit=commit,
+        changed=commit != before,
+        files=tuple(files),
+        size=size,
+    )
 
 
-def prepare_repo(
-    api: Any, repo_id: str, *, private: bool | None, revision: str | None, waits: Sequence[float] | None = None
-) -> str | None:
-    """Creates repository and branch where they do not exist.
-
-    Args:
-        api: `HfApi`.
-        repo_id: "user/name".
-        private: See :func:`push_folder`.
-        revision: See :func:`push_folder`.
-        waits: Seconds before each repetition; None takes `WAITS_S`.
-
-    Returns:
-        Hash of the last commit there.
-
-    Raises:
-        ValueError: A private repository was asked for, and it is public.
-        huggingface_hub.errors.HfHubHTTPError: The Hub refused.
-        httpx.TransportError: The Hub cannot be reached.
-    """
-    _repeating(lambda: api.create_repo(repo_id, private=private, exist_ok=True), waits)
+def _prepare_repo(
+    api: Any, repo_id: str, *, private: bool | None, revision: str | None, waits: Sequence[float] | None
+) -> tuple[str, str]:
+    """Creates repository and branch where they do not exist; gives the full name and the last commit's hash."""
+    repo_id = _repeating(lambda: api.create_repo(repo_id, private=private, exist_ok=True), waits).repo_id
     if private and not _repeating(lambda: api.repo_info(repo_id), waits).private:
         raise ValueError(
             f"{repo_id} exists and is public, and a private repository was asked for; nothing was uploaded. Make it "
@@ -155,15 +151,15 @@ def prepare_repo(
         )
     if revision:
         _repeating(lambda: api.create_branch(repo_id, branch=revision, exist_ok=True), waits)
-    return _repeating(lambda: api.repo_info(repo_id, revision=revision), waits).sha
+    return repo_id, _repeating(lambda: api.repo_info(repo_id, revision=revision), waits).sha
 
 
-def _commit(api: Any, files: Mapping[str, Path | bytes], repo_id: str, message: str, revision: str | None) -> Any:
+def _commit(api: Any, files: Mapping[str, Path | bytes], repo_id: str, message: str, revision: str | None) -> str:
     from huggingface_hub import CommitOperationAdd
 
     # made anew for each try: the client then asks again what the Hub has, also of a commit whose answer was lost
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=source) for name, source in files.items()]
-    return api.create_commit(repo_id, additions, commit_message=message, revision=revision)
+    return api.create_commit(repo_id, additions, commit_message=message, revision=revision).oid
 
 
 def _repeating(action: Callable[[], Any], waits: Sequence[float] | None) -> Any:
@@ -240,8 +236,9 @@ def _is_refusal(error: BaseException) -> bool:
 def _cause(error: BaseException) -> BaseException:
     """What is behind the client's "Error while uploading"."""
     import httpx
+    from huggingface_hub.errors import HfHubHTTPError
 
-    while isinstance(error.__cause__, httpx.HTTPError):
+    while not isinstance(error, HfHubHTTPError) and isinstance(error.__cause__, httpx.HTTPError):
         error = error.__cause__
     return error
 
@@ -283,27 +280,6 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"{repo_id!r} has no owner: give the repository as user/name.")
 
 
-def with_card(folder: str | Path, repo_id: str) -> Path:
-    """The policy's card; one is written if there is none.
-
-    Raises:
-        ValueError: The folder holds no policy, or the card's metadata cannot be read.
-    """
-    from huggingface_hub import ModelCard
-
-    from pi_rl.hub.checkpoint_card import write_checkpoint_card
-
-    policy = policy_folder_of(folder)
-    card = policy / CARD_NAME
-    if not card.is_file():
-        write_checkpoint_card(policy, run_folder=run_folder_of(Path(folder)), repo_id=repo_id)
-    try:
-        ModelCard.load(card)
-    except Exception as error:  # the YAML parser has error classes of its own
-        raise ValueError(f"The metadata of {card} cannot be read: {' '.join(str(error).split())}") from error
-    return card
-
-
 def push_command(folder: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
     """The shell command that pushes a folder.
 
@@ -316,3 +292,16 @@ def push_command(folder: str | Path, repo_id: str, *, private: bool = False, rev
     words = ["pi-rl", "push", str(folder), "--repo", repo_id]
     words += [*(["--private"] if private else []), *(["--revision", revision] if revision else [])]
     return shlex.join(words)
+
+
+def size_of(source: Path | bytes) -> int:
+    """Bytes of a file, or of a content."""
+    return len(source) if isinstance(source, bytes) else source.stat().st_size
+
+
+def size_text(count: int) -> str:
+    """A number of bytes for people."""
+    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= factor:
+            return f"{count / factor:.1f} {unit}"
+    return f"{count} B"

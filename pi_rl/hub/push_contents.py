@@ -12,6 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from pi_rl.hub.push import size_of
 from pi_rl.policies.checkpoints import (
     ADAPTER_FOLDER,
     CONFIG_FILE,
@@ -29,7 +30,6 @@ from pi_rl.secrets import redacted
 CARD_NAME = "README.md"
 RUN_CONFIG_NAME = "pi_rl_config.yaml"
 POLICY_FOLDER = "policy"
-LAST_CHECKPOINT = "last-checkpoint"
 _LOCAL_PLACE = "path/to/this/folder"  # what a card of an unpublished policy says in its example
 _POLICY_FILES = (
     CARD_NAME,
@@ -155,6 +155,27 @@ def policy_contents(folder: str | Path, repo_id: str) -> Contents:
     return Contents(_publishable(files, policy, repo_id), left_out)
 
 
+def with_card(folder: str | Path, repo_id: str) -> Path:
+    """The policy's card; one is written if there is none.
+
+    Raises:
+        ValueError: The folder holds no policy, or the card's metadata cannot be read.
+    """
+    from huggingface_hub import ModelCard
+
+    from pi_rl.hub.checkpoint_card import write_checkpoint_card
+
+    policy = policy_folder_of(folder)
+    card = policy / CARD_NAME
+    if not card.is_file():
+        write_checkpoint_card(policy, run_folder=run_folder_of(Path(folder)), repo_id=repo_id)
+    try:
+        ModelCard.load(card)
+    except Exception as error:  # the YAML parser has error classes of its own
+        raise ValueError(f"The metadata of {card} cannot be read: {' '.join(str(error).split())}") from error
+    return card
+
+
 def checkpoint_contents(folder: str | Path, repo_id: str, inside: str) -> Contents:
     """A whole checkpoint, with the state of optimiser and Trainer, as a subfolder of a repository.
 
@@ -172,7 +193,7 @@ def checkpoint_contents(folder: str | Path, repo_id: str, inside: str) -> Conten
     left_out: dict[str, str] = {}
     for path in _all_files(checkpoint):
         name = path.relative_to(checkpoint).as_posix()
-        if path.suffix in _SUFFIXES and name != CARD_NAME:
+        if path.suffix in _SUFFIXES:
             chosen[name] = path
         else:
             left_out[f"{inside}/{name}"] = _reason(path)
@@ -256,16 +277,3 @@ def _with_tokenizer_name(policy: Path, repo_id: str) -> dict[str, str]:
                 f"its files ({', '.join(TOKENIZER_FILES[:3])}, …) into the policy folder."
             )
     return texts
-
-
-def size_of(source: Path | bytes) -> int:
-    """Bytes of a file, or of a content."""
-    return len(source) if isinstance(source, bytes) else source.stat().st_size
-
-
-def size_text(count: int) -> str:
-    """A number of bytes for people."""
-    for factor, unit in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if count >= factor:
-            return f"{count / factor:.1f} {unit}"
-    return f"{count} B"

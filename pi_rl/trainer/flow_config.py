@@ -358,7 +358,6 @@ class FlowConfig(TrainingArguments):
                 self.vlm_dtype is None or not self.train_vlm,
                 "left out with train_vlm: what is trained has float32 masters",
             ),
-            ("push_to_hub", not self.push_to_hub, "false; upload the saved policy folder with `hf upload`"),
             (
                 "num_train_epochs",
                 self.num_train_epochs in (3.0, self.num_iterations),

@@ -39,6 +39,7 @@ from pi_rl.trainer.build import build_actor_critic, build_input_storage, load_mo
 from pi_rl.trainer.callbacks import IterationReport
 from pi_rl.trainer.disk import check_output_folder
 from pi_rl.trainer.flow_config import FlowConfig
+from pi_rl.trainer.hub_push import PushingTrainer
 from pi_rl.trainer.metrics import MetricStore, all_reduce
 from pi_rl.trainer.preemption import InterruptibleTrainer
 from pi_rl.trainer.ticks import TickDataset, tick_loader
@@ -63,7 +64,7 @@ class Estimates:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-class FlowTrainer(InterruptibleTrainer):
+class FlowTrainer(InterruptibleTrainer, PushingTrainer):
     """What reinforcement learning of flow-matching policies has in common; the base of PPO and GRPO.
 
     One Hugging Face epoch is one iteration: at its first tick the policy acts in every environment, the algorithm
@@ -243,7 +244,8 @@ class FlowTrainer(InterruptibleTrainer):
             say(line)
 
     def close(self) -> None:
-        """Ends the simulator processes if the trainer started them, and frees the stored inputs."""
+        """Ends the simulator processes if the trainer started them, frees the stored inputs, reports failed pushes."""
+        self.report_pushes()
         if getattr(self, "collector", None) is not None:
             self.collector.close()
         if self._env_owned and getattr(self, "env", None) is not None:

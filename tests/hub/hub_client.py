@@ -39,18 +39,18 @@ def run_client(hub, home, *words, token="write", timeout=300, cwd=None):
 
 @contextmanager
 def client_here(hub, home, monkeypatch, token="write"):
-    """Points the client of this process, which read its environment at import, to the Hub."""
+    """Points the client of this process, which read its environment at import, and of its children to the Hub."""
     from huggingface_hub import constants
 
     files = hub.address + "/{repo_id}/resolve/{revision}/{filename}"
     with monkeypatch.context() as patch:
         patch.setattr(constants, "ENDPOINT", hub.address)
-        patch.setattr(
-            constants, "HUGGINGFACE_CO_URL_TEMPLATE", hub.address + "/{repo_id}/resolve/{revision}/{filename}"
-        )
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", files)
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         patch.setattr(constants, "HF_HUB_CACHE", str(home / "hub"))
         patch.setattr(constants, "HF_TOKEN_PATH", str(home / "token"))
-        patch.setenv("HF_TOKEN", getattr(hub, f"{token}_token") if token else "")
+        for name, value in client_environment(hub, home, token).items():
+            patch.setenv(name, value)
+        patch.delenv("HF_HUB_OFFLINE", raising=False)
         yield

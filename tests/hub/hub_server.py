@@ -10,7 +10,6 @@ import http.server
 import json
 import re
 import threading
-from collections import Counter
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, unquote, urlsplit
 
@@ -76,14 +75,16 @@ class Repo:
 
 @dataclass
 class Fault:
-    """The next `times` requests of a kind, after the first `after` of them, are answered with `status`."""
+    """The next `times` requests whose path matches `pattern` are answered with `status`.
 
-    method: str
+    With status 0 the request is carried out and the connection closed without an answer.
+    """
+
     pattern: str
     status: int
-    times: int
-    after: int
-    headers: dict[str, str]
+    times: int = 1
+    headers: dict[str, str] = field(default_factory=dict)
+    message: str = "made to fail"
 
 
 class Hub:
@@ -92,6 +93,7 @@ class Hub:
     Attributes:
         repos: By "user/name".
         seen: Requests as (method, path).
+        ranges: Requests for a part of a file as (path, Range).
         tokens: Token to (account, may write).
         part_size: Bytes per part of large uploads; None sends files in one piece.
         paused: Requests to commit wait until this is set.
@@ -110,7 +112,7 @@ class Hub:
         self.paused = threading.Event()
         self.paused.set()
         self.seen: list[tuple[str, str]] = []
-        self.authorized: list[bool] = []
+        self.ranges: list[tuple[str, str]] = []
         self.faults: list[Fault] = []
         self.upload_cuts: list[int] = []
         self.download_cuts: dict[str, list[int]] = {}
@@ -121,18 +123,9 @@ class Hub:
     read_token = property(lambda self: list(self.tokens)[1])
     other_token = property(lambda self: list(self.tokens)[2])
 
-    def fail(
-        self,
-        pattern: str,
-        status: int,
-        *,
-        method: str = "",
-        times: int = 1,
-        after: int = 0,
-        headers: dict | None = None,
-    ) -> None:
-        """Answers the next requests whose path matches `pattern` with an error."""
-        self.faults.append(Fault(method, pattern, status, times, after, headers or {}))
+    def fail(self, pattern: str, status: int, **options: object) -> None:
+        """Makes the next requests fail: see `Fault`."""
+        self.faults.append(Fault(pattern, status, **options))
 
     def cut_uploads(self, *after: int) -> None:
         """Closes the connections of the next uploads when so many bytes have arrived."""
@@ -150,21 +143,15 @@ class Hub:
     def count(self, method: str, pattern: str = "") -> int:
         return sum(used == method and re.search(pattern, path) is not None for used, path in self.seen)
 
-    def methods(self) -> Counter:
-        return Counter(method for method, _ in self.seen)
-
     def forget(self) -> None:
         """Empties the list of requests."""
         self.seen.clear()
-        self.authorized.clear()
+        self.ranges.clear()
 
-    def fault_for(self, method: str, path: str) -> Fault | None:
+    def fault_for(self, path: str) -> Fault | None:
         with self.lock:
             for fault in self.faults:
-                if fault.times and fault.method in ("", method) and re.search(fault.pattern, path):
-                    if fault.after:
-                        fault.after -= 1
-                        continue
+                if fault.times and re.search(fault.pattern, path):
                     fault.times -= 1
                     return fault
         return None
@@ -183,6 +170,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     hub: Hub
+    _mute = False
 
     def log_message(self, *_: object) -> None:
         pass
@@ -197,13 +185,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         account = self.headers.get("Authorization", "").removeprefix("Bearer ")
         with self.hub.lock:
             self.hub.seen.append((self.command, path))
-            self.hub.authorized.append(bool(account))
+            if "Range" in self.headers:
+                self.hub.ranges.append((path, self.headers["Range"]))
         body = self._body()
         if body is None:
             return
-        fault = self.hub.fault_for(self.command, path)
-        if fault is not None:
-            self._json({"error": "made to fail"}, fault.status, fault.headers)
+        fault = self.hub.fault_for(path)
+        self._mute = fault is not None and fault.status == 0
+        if fault is not None and not self._mute:
+            self._json({"error": fault.message}, fault.status, fault.headers)
             return
         if path.endswith("/commit/main"):
             self.hub.paused.wait()
@@ -450,6 +440,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self._send(status, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
 
     def _send(self, status: int, content: bytes, headers: dict[str, str], cut: int | None = None) -> None:
+        if self._mute:
+            self.close_connection = True
+            return
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
