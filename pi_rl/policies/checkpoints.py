@@ -113,6 +113,22 @@ def load_policy(
     return LoadedPolicy(policy, preprocessor, postprocessor, path=folder, origin=origin)
 
 
+def read_without_weights(
+    folder: Path,
+) -> tuple[PreTrainedConfig, tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]]:
+    """Configuration and processors of a policy folder, on the CPU; its weights may be missing.
+
+    Raises:
+        ValueError: If files are missing or do not belong together.
+        RuntimeError: If the tokenizer cannot be loaded.
+    """
+    config = _read_config(folder)
+    device, config.device = config.device, "cpu"
+    processors = _read_processors(folder, config)
+    config.device = device
+    return config, processors
+
+
 def policy_weights(folder: Path, base: str | Path | None = None) -> StoredWeights:
     """The weights of a policy folder; those of an adapter-only folder are merged into its base's as they are read.
 
@@ -281,7 +297,7 @@ def write_policy_folder(
         tokenizer_name: As in `save_policy`.
     """
     source = _tokenizer_source(processors[0], tokenizer_source)
-    with _replacing(folder) as temporary:
+    with replacing(folder) as temporary:
         for pipeline in processors:
             pipeline.save_pretrained(temporary)
         config._save_pretrained(temporary)
@@ -342,7 +358,7 @@ def save_heads(
         actor_critic: The model.
         state_dict: The model's weights, for instance gathered from a sharded one; None takes those it has.
     """
-    with _replacing(Path(folder).absolute()) as temporary:
+    with replacing(Path(folder).absolute()) as temporary:
         for name, head in _heads(actor_critic).items():
             tensors = head.state_dict()
             if state_dict is not None:
@@ -486,7 +502,7 @@ def _write_extra_files(folder: Path, files: Mapping[str, str | bytes]) -> None:
 
 
 @contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
+def replacing(folder: Path) -> Iterator[Path]:
     """Gives a temporary sibling folder whose files become the folder's when the block ends without an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
