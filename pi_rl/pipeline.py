@@ -12,13 +12,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psutil
 
-from pi_rl.__about__ import package_versions
 from pi_rl.arguments import (
     CONFIG_NAME,
     Program,
@@ -27,6 +26,7 @@ from pi_rl.arguments import (
     launch_command,
     parse_recipe_arguments,
 )
+from pi_rl.hub.run_record import STAGES_NAME
 from pi_rl.progress import Progress, log_beside_progress, say
 from pi_rl.recipe_arguments import RecipeArguments
 
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from pi_rl.trainer.flow_config import FlowConfig
     from pi_rl.trainer.flow_trainer import FlowTrainer
 
-STAGES_NAME = "stages.json"
 DATASET_ID = "local/demonstrations"
 
 
@@ -406,6 +405,8 @@ def _create_small_policy(run: _Run, spec: "EnvSpec") -> Path:
 
 def _reinforce(run: _Run, policy_path: str | Path) -> None:
     """Baseline evaluation, RL, final evaluation, results."""
+    from pi_rl.run_report import RunLog, report_results
+
     rl = run.rl
     rl.eval_on_start = False
     with _set_up():
@@ -417,6 +418,8 @@ def _reinforce(run: _Run, policy_path: str | Path) -> None:
         if rl.dry_run:
             _dry_run(run, trainer)
             return
+        if run.is_main:
+            trainer.add_callback(RunLog(run.folder, run.recipe.env))
         evaluated = rl.eval_episodes > 0
         if evaluated:
             with run.stage("baseline", f"3. Baseline: deterministic policy on {rl.eval_episodes} fixed states"):
@@ -432,7 +435,7 @@ def _reinforce(run: _Run, policy_path: str | Path) -> None:
             with run.stage("evaluation", "5. Result: the same states again"):
                 trainer.evaluate()
             if run.is_main:
-                _report(run, trainer, policy_path, before, trainer.last_evaluation)
+                report_results(run, trainer, policy_path, before, trainer.last_evaluation)
         run.wait()
         if rl.push_to_hub:
             trainer.push_saved(run.folder)
@@ -460,60 +463,3 @@ def _checkpoint_to_resume(run: _Run) -> str | None:
     clean_up(run.folder)
     own = newest_checkpoint(run.folder)
     return run.rl.resume_from_checkpoint if own is None else str(own)
-
-
-def _report(run: _Run, trainer: Any, policy_path: str | Path, before: Any, after: Any) -> None:
-    """Table, results.json, learning curve, video and model card."""
-    from pi_rl.hub.film import film_before_after
-    from pi_rl.hub.model_card import write_model_card
-    from pi_rl.hub.plots import plot_learning_curve
-    from pi_rl.hub.results import RunResults, results_table, short_name, write_results
-
-    folder, rl, recipe = run.folder, run.rl, run.recipe
-    results = RunResults(
-        sft=before.summary(),
-        rl=after.summary(),
-        env_steps=trainer.env_steps,
-        minutes={},
-        seed=rl.seed,
-        noise=rl.noise,
-        blind=recipe.blind,
-        versions=package_versions(),
-        config={
-            **asdict(recipe),
-            "model": _model_name(recipe.model),
-            "algorithm": trainer.algorithm,
-            "sampler": asdict(rl.sampler()),
-            "num_iterations": rl.num_iterations,
-        },
-    )
-    plot_learning_curve(
-        trainer.state.log_history,
-        folder / "learning_curve.png",
-        title=f"{short_name(recipe.env)}, {rl.noise}, seed {rl.seed}",
-        sft_baseline=results.sft,
-        final=results.rl,
-    )
-    if recipe.video:
-        with run.stage("video", "   Filming the same initial state before and after"):
-            film_before_after(trainer, policy_path, folder / "policy", before, after, folder / "before_after.mp4")
-    results.minutes = run.minutes_of_all()
-    write_model_card(
-        folder / "policy",
-        results,
-        env_name=recipe.env,
-        base_model=_model_name(recipe.model),
-        license=None if recipe.model is None else recipe.model_license,
-        reproduce_command=run.command,
-        learning_curve=folder / "learning_curve.png",
-        video=folder / "before_after.mp4" if recipe.video else None,
-    )
-    trainer.state.save_to_json(str(folder / "trainer_state.json"))
-    write_results(folder, results)
-    say("\n" + results_table(results))
-    say(f"\nPolicy, card, curve and video: {folder}")
-
-
-def _model_name(model: str | None) -> str | None:
-    """A Hub id as it is, a folder by its name: a card must not show paths of one machine."""
-    return Path(model).name if model is not None and Path(model).is_dir() else model

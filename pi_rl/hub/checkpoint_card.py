@@ -1,44 +1,243 @@
-"""The card of a policy that has none: what it is and how to load it, without claims that nobody measured."""
+"""The card of a policy folder in the middle of a run, or without results: what is known of it, and what is not."""
 
 import json
-import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-CARD_NAME = "README.md"
-TAGS = ("pi_rl", "flow-matching", "vision-language-action", "lerobot", "robotics")
+from pi_rl.__about__ import package_versions
+from pi_rl.arguments import CONFIG_NAME
+from pi_rl.hub.card import (
+    OWN_TYPES,
+    PAPER,
+    card_metadata,
+    evaluation_results,
+    fenced,
+    license_metadata,
+    license_sentence,
+    policy_config,
+    save_card,
+    simulator_of,
+    start_of,
+    version_lines,
+)
+from pi_rl.hub.model_card import SIMULATION_LIMITS, SMALL_LIMITS, write_model_card
+from pi_rl.hub.results import format_success, short_name
+from pi_rl.hub.run_record import STATE_NAME, Entry, RunRecord, read_run, summary_of
+from pi_rl.rollout.summary import EvalSummary
+
+RL_STATE_NAME = "rl_state.json"
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a folder's records say about its weights; None and empty where they do not.
+
+    Attributes:
+        step: Optimiser steps of reinforcement learning, 0 for the policy it starts from.
+        iteration: Iterations.
+        env_steps: Environment steps.
+        algorithm: "PPO" or "GRPO".
+        evaluations: Log entries up to these weights.
+        config: Settings of the run.
+        config_text: Their YAML.
+        versions: Of packages.
+    """
+
+    step: int | None
+    iteration: int | None
+    env_steps: int | None
+    algorithm: str
+    evaluations: list[Entry]
+    config: dict[str, Any]
+    config_text: str
+    versions: dict[str, str]
+
+    @property
+    def own_evaluation(self) -> EvalSummary | None:
+        """The evaluation of these very weights, if there was one."""
+        same = [entry for entry in self.evaluations if self.step is not None and entry.get("step", 0) == self.step]
+        return summary_of(same[-1]) if same else None
 
 
 def write_checkpoint_card(folder: Path, *, run_folder: Path | None = None, repo_id: str | None = None) -> Path:
-    """Writes ``README.md`` into a policy folder.
+    """Writes ``README.md`` into a policy folder: a ``checkpoint-N``, a run's ``policy`` or ``sft``, or any other.
+
+    The result of a run that has ended gives the full card. Otherwise the card lists the evaluations so far, says which
+    of them is of these weights, and says so where there is none.
 
     Args:
         folder: LeRobot policy folder.
-        run_folder: Output folder of the run that it comes from.
-        repo_id: Hub id, used in the example.
+        run_folder: Output folder of the run that it belongs to; by default the folder above, if it is one.
+        repo_id: Hub id of the policy, used in the examples.
 
     Returns:
         The card.
-    """
-    from huggingface_hub import ModelCard, ModelCardData
 
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["type"]
-    state = folder / "rl_state.json"
-    trained = ""
-    if state.is_file():
-        numbers = json.loads(state.read_text(encoding="utf-8"))
-        trained = (
-            f"Trained by {numbers['algorithm']} for {numbers['iteration']} iterations, {numbers['env_steps']:,} "
-            f"environment steps. It was written during the run and not evaluated for this card.\n\n"
-        )
-    data = ModelCardData(library_name="lerobot", pipeline_tag="robotics", tags=list(TAGS))
-    name = repo_id or "path/to/this/folder"
-    text = (
-        f"---\n{data.to_yaml()}\n---\n\n# {(repo_id or folder.name).rpartition('/')[2]}\n\n"
-        f"A flow-matching policy of LeRobot type `{kind}`. {trained}\n\n"
-        f"```\npi-rl eval --policy {name} --env …\n```\n"
+    Raises:
+        ValueError: If it is no policy folder, or `run_folder` is no run's.
+    """
+    target = Path(folder)
+    config = policy_config(target)
+    record = _record(target, run_folder)
+    if record is not None and record.results is not None and target.name == "policy":
+        return _finished(target, record, repo_id)
+    known = _known(target, record)
+    hub_base, stated, start = start_of(known.config.get("model"))
+    given = known.config.get("model_license")
+    license = given if given not in (None, "other") else stated
+    env = str(known.config.get("env", ""))
+    name = f"{config['type']}{f' on {short_name(env)}' if env else ''}{_place(known)}"
+    own = known.own_evaluation
+    seeds = {"training_seed": known.config.get("seed"), "evaluation_seed": known.config.get("eval_seed")}
+    versions = version_lines(known.versions, env)
+    return save_card(
+        target,
+        "checkpoint_card.md",
+        card_metadata(
+            policy_type=config["type"],
+            license=license,
+            tags=_tags(known, env),
+            base_model=hub_base,
+            name=name,
+            eval_results=evaluation_results({env: own}, suite=simulator_of(env), settings=seeds)
+            if own and env
+            else (),
+        ),
+        title=name,
+        summary=_summary(config["type"], known, env, start),
+        evaluations=[_row(entry, known) for entry in known.evaluations],
+        training=_training(known),
+        load_from=repo_id or "path/to/this/folder",
+        env=env,
+        policy_type=config["type"],
+        needs_package=config["type"].endswith("_small"),
+        reproduce_command=fenced(f"pi-rl train --config {CONFIG_NAME} --algorithm {known.algorithm.lower()}", "bash"),
+        configuration=fenced(known.config_text, "yaml") if known.config_text else "",
+        versions=f"{versions['packages']}; simulator: {versions['simulator']}" if env else versions["packages"],
+        limits=[*(SMALL_LIMITS if config["type"] in OWN_TYPES else ()), *SIMULATION_LIMITS],
+        licence=license_sentence(license_metadata(license, config["type"])),
     )
-    path = folder / CARD_NAME
-    partial = path.with_name(f".{CARD_NAME}.partial")
-    partial.write_text(str(ModelCard(text)), encoding="utf-8")
-    os.replace(partial, path)
-    return path
+
+
+def _record(folder: Path, run_folder: Path | None) -> RunRecord | None:
+    """The run that a folder belongs to; None where its records are not there."""
+    if run_folder is not None:
+        return read_run(run_folder)
+    for place in (folder.resolve().parent, folder):
+        if (place / CONFIG_NAME).is_file():
+            return read_run(place)
+    return None
+
+
+def _finished(folder: Path, record: RunRecord, repo_id: str | None) -> Path:
+    results, root = record.results, record.folder
+    assert results is not None
+    curve, film = root / "learning_curve.png", root / "before_after.mp4"
+    return write_model_card(
+        folder,
+        results,
+        env_name=record.env,
+        reproduce_command=f"pi-rl train --config {CONFIG_NAME} --algorithm {record.algorithm.lower()}",
+        base_model=record.config.get("model", results.config.get("model")),
+        license=results.config.get("model_license"),
+        configuration=record.config_text,
+        learning_curve=curve if curve.is_file() else None,
+        video=film if film.is_file() else None,
+        repo_id=repo_id,
+    )
+
+
+def _known(folder: Path, record: RunRecord | None) -> _Known:
+    state, counters = _json(folder / STATE_NAME), _json(folder / RL_STATE_NAME)
+    step = state.get("global_step")
+    starts_here = step is None and folder.name in ("sft", "init")
+    history = record.history if record is not None else state.get("log_history") or []
+    if starts_here:
+        step = 0
+        history = _baseline(record) or history
+    elif step is None and counters and record is not None:
+        step = max((entry.get("step", 0) for entry in record.iterations), default=None)
+    evaluations = [
+        entry for entry in history if "eval_success_rate" in entry and (step is None or entry.get("step", 0) <= step)
+    ]
+    return _Known(
+        step=step,
+        iteration=0 if starts_here else counters.get("iteration"),
+        env_steps=0 if starts_here else counters.get("env_steps"),
+        algorithm=counters.get("algorithm") or (record.algorithm if record else "PPO"),
+        evaluations=evaluations,
+        config=record.config if record else {},
+        config_text=record.config_text if record else "",
+        versions=(record.versions if record else {}) or package_versions(),
+    )
+
+
+def _baseline(record: RunRecord | None) -> list[Entry]:
+    """The evaluation of the policy that RL started from, as a log entry; of a finished run."""
+    if record is None or record.results is None:
+        return []
+    figures = record.results.sft.metrics()
+    return [{**{f"eval_{name}": value for name, value in figures.items()}, "env_steps": 0, "step": 0}]
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """A mapping; empty where the file is missing.
+
+    Raises:
+        ValueError: It is no JSON mapping.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}. The checkpoint is damaged; take another.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} is no JSON mapping. The checkpoint is damaged; take another.")
+    return content
+
+
+def _tags(known: _Known, env: str) -> Sequence[str]:
+    learned = ["imitation-learning"] if known.iteration == 0 else []
+    if known.iteration:
+        learned = ["reinforcement-learning", known.algorithm.lower()]
+    return [*learned, *([simulator_of(env)] if env else [])]
+
+
+def _place(known: _Known) -> str:
+    if known.iteration is None:
+        return ""
+    return f", iteration {known.iteration}" if known.iteration else ", before reinforcement learning"
+
+
+def _summary(policy_type: str, known: _Known, env: str, start: str) -> str:
+    first = f"A flow-matching vision-language-action policy (LeRobot type `{policy_type}`)"
+    first += f" for `{env}`" if env else ""
+    if known.iteration is None:
+        return f"{first}. Nothing more is recorded about how it was trained."
+    if known.iteration == 0:
+        return (
+            f"{first}: the start of an online reinforcement-learning run ([πRL]({PAPER})), which began from {start}."
+        )
+    planned = known.config.get("num_iterations")
+    done = f"iteration {known.iteration}" + (f" of {planned}" if planned else "")
+    noise = f" with {known.config['noise']} exploration" if known.config.get("noise") else ""
+    begun = f", which began from {start}" if known.config else ""
+    return f"{first}, **a checkpoint after {done}** of {known.algorithm}{noise} ([πRL]({PAPER})){begun}."
+
+
+def _training(known: _Known) -> str:
+    if not known.env_steps or not known.iteration:
+        return ""
+    return f"Trained on {known.env_steps:,} environment steps, iterations of {known.algorithm}: {known.iteration}."
+
+
+def _row(entry: Entry, known: _Known) -> list[str]:
+    summary, step = summary_of(entry), entry.get("step", 0)
+    iteration = f"{entry['epoch']:g}" if "epoch" in entry else ("0" if step == 0 else "–")
+    same = known.step is not None and step == known.step
+    whose = "these" if same else "an earlier state" if known.step is not None else "not known"
+    env_steps = f"{int(entry.get('env_steps', 0)):,}"
+    return [iteration, env_steps, format_success(summary), str(summary.n_episodes), whose]

@@ -12,6 +12,7 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from pi_rl.arguments import CONFIG_NAME
 from pi_rl.hub.push import size_of
 from pi_rl.policies.checkpoints import (
     ADAPTER_FOLDER,
@@ -28,7 +29,6 @@ from pi_rl.policies.wrap import supported_config_types
 from pi_rl.secrets import redacted
 
 CARD_NAME = "README.md"
-RUN_CONFIG_NAME = "pi_rl_config.yaml"
 POLICY_FOLDER = "policy"
 _LOCAL_PLACE = "path/to/this/folder"  # what a card of an unpublished policy says in its example
 _POLICY_FILES = (
@@ -42,7 +42,7 @@ _POLICY_FILES = (
     NOISE_NETWORK_FILE,
     "rl_state.json",
     "train_config.json",
-    RUN_CONFIG_NAME,
+    CONFIG_NAME,
     "sft_config.yaml",
     "results.json",
     "*.png",
@@ -50,7 +50,7 @@ _POLICY_FILES = (
     "*.mp4",
     *TOKENIZER_FILES,
 )
-_RUN_FILES = ("results.json", "learning_curve.png", "before_after.mp4", RUN_CONFIG_NAME)
+_RUN_FILES = ("results.json", "learning_curve.png", "before_after.mp4", CONFIG_NAME)
 _SUBFOLDERS = {ADAPTER_FOLDER: ("*.safetensors", "*.json", "README.md"), "videos": ("*.mp4", "*.gif", "*.png")}
 _SUFFIXES = (".safetensors", ".json", ".yaml", ".md", ".png", ".gif", ".mp4", ".model", ".jinja")
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
@@ -111,7 +111,7 @@ def run_folder_of(folder: Path) -> Path | None:
         The folder with the run's settings; None for a policy outside of a run.
     """
     place = folder.absolute()
-    return next((path for path in (place, place.parent) if (path / RUN_CONFIG_NAME).is_file()), None)
+    return next((path for path in (place, place.parent) if (path / CONFIG_NAME).is_file()), None)
 
 
 def _check_policy(folder: Path) -> None:
@@ -148,7 +148,7 @@ def policy_contents(folder: str | Path, repo_id: str) -> Contents:
     if run is not None:
         for name in _RUN_FILES:
             # beside a checkpoint lie the results of the run's end, which are not that checkpoint's
-            if (run / name).is_file() and (policy.name == POLICY_FOLDER or name == RUN_CONFIG_NAME):
+            if (run / name).is_file() and (policy.name == POLICY_FOLDER or name == CONFIG_NAME):
                 files.setdefault(name, run / name)
         if policy.name == POLICY_FOLDER:
             files |= {f"videos/{path.name}": path for path in sorted((run / "videos").glob("*.mp4"))}

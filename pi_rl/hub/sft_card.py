@@ -1,18 +1,24 @@
 """The card of a policy after supervised fine-tuning: what it was trained on, and that nobody has measured it yet."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pi_rl.__about__ import package_versions
+from pi_rl.hub.card import (
+    OWN_TYPES,
+    card_metadata,
+    fenced,
+    license_metadata,
+    license_sentence,
+    policy_config,
+    save_card,
+    version_lines,
+)
+from pi_rl.hub.model_card import SIMULATION_LIMITS, SMALL_LIMITS
 
 if TYPE_CHECKING:
     from pi_rl.sft_recipe import SftArguments
-
-TEMPLATE = Path(__file__).parent / "templates" / "sft_card.md"
-CARD_NAME = "README.md"
-TAGS = ("pi_rl", "imitation-learning", "flow-matching", "vision-language-action", "lerobot", "robotics")
 
 
 def write_sft_card(
@@ -33,21 +39,21 @@ def write_sft_card(
     Returns:
         The card.
     """
-    from huggingface_hub import ModelCard, ModelCardData
-
+    target = Path(folder)
+    policy_type = policy_config(target)["type"]
     base = None if Path(args.model).is_dir() else args.model
     data = args.dataset if args.dataset_root is None else None
-    card = ModelCard.from_template(
-        ModelCardData(
-            library_name="lerobot",
-            pipeline_tag="robotics",
+    return save_card(
+        target,
+        "sft_card.md",
+        card_metadata(
+            policy_type=policy_type,
             license=args.model_license,
-            tags=list(TAGS),
+            tags=["imitation-learning"],
             base_model=base,
-            datasets=data,
+            dataset=data,
         ),
-        template_path=str(TEMPLATE),
-        title=Path(folder).name,
+        title=target.name,
         base=f"[{base}](https://huggingface.co/{base})" if base else "a base policy",
         part="the action expert alone" if args.expert_only else "the whole model",
         data=f"[{data}](https://huggingface.co/datasets/{data})" if data else "demonstrations",
@@ -56,11 +62,12 @@ def write_sft_card(
         tasks=tasks,
         frames=frames,
         numbers=", ".join(map(str, episodes)) if len(episodes) <= 256 else "",
-        command=command,
-        versions=", ".join(f"{package} {version}" for package, version in package_versions().items()),
+        command=fenced(command, "bash"),
+        versions=version_lines(package_versions(), "")["packages"],
+        load_from="path/to/this/folder",
+        env="",
+        policy_type=policy_type,
+        needs_package=policy_type.endswith("_small"),
+        limits=[*(SMALL_LIMITS if policy_type in OWN_TYPES else ()), SIMULATION_LIMITS[0]],
+        licence=license_sentence(license_metadata(args.model_license, policy_type)),
     )
-    path = Path(folder) / CARD_NAME
-    partial = path.with_name(f".{CARD_NAME}.partial")
-    partial.write_text(str(card), encoding="utf-8")
-    os.replace(partial, path)
-    return path

@@ -11,10 +11,10 @@ from typing import Any
 
 from transformers.trainer_utils import HubStrategy
 
+from pi_rl.arguments import CONFIG_NAME
 from pi_rl.hub.push import PushOutcome, push_command, size_text
 from pi_rl.hub.push_contents import (
     POLICY_FOLDER,
-    RUN_CONFIG_NAME,
     checkpoint_contents,
     policy_contents,
     with_card,
@@ -37,6 +37,7 @@ class PushingTrainer(CheckpointedTrainer):
     own; a failure is remembered, and told at the end with the command that repeats the push.
     """
 
+    hub_model_id: str | None = None
     _queue: PushQueue | None = None
     _pushes_skipped: int = 0
     _failure_announced: bool = False
@@ -260,7 +261,7 @@ class PushingTrainer(CheckpointedTrainer):
             )
 
     @contextmanager
-    def _staging(self) -> Iterator[Path]:
+    def _push_staging(self) -> Iterator[Path]:
         """A folder for what is pushed, on the file system of the run; it stays unless the block fails."""
         folder = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.args.output_dir))
         try:
@@ -272,10 +273,10 @@ class PushingTrainer(CheckpointedTrainer):
     def _checkpoint_job(self, folder: Path, final: Path, message: str) -> PushJob:
         """A push of a checkpoint from links to its files, because the run deletes old checkpoints."""
         repo_id = self._repo()
-        with self._staging() as staging:
+        with self._push_staging() as staging:
             copy = staging / final.name
             shutil.copytree(folder, copy, copy_function=_link)
-            if (config := Path(self.args.output_dir) / RUN_CONFIG_NAME).is_file():
+            if (config := Path(self.args.output_dir) / CONFIG_NAME).is_file():
                 _link(config, staging / config.name)
             whole = {}
             if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
@@ -287,7 +288,7 @@ class PushingTrainer(CheckpointedTrainer):
 
     def _saved_job(self, folder: Path, message: str, revision: str | None) -> PushJob:
         repo_id = self._repo()
-        with self._staging() as staging:
+        with self._push_staging() as staging:
             with_card(folder, repo_id)
             files = local_files(policy_contents(folder, repo_id).files, staging / "texts")
             return self._job(files, repo_id, folder, message, revision, staging)
