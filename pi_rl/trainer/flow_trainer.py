@@ -37,6 +37,7 @@ from pi_rl.rollout.zero_success import warn_about_zero_success
 from pi_rl.trainer.build import build_actor_critic, build_input_storage, load_model
 from pi_rl.trainer.callbacks import IterationReport
 from pi_rl.trainer.checkpointing import CheckpointedTrainer
+from pi_rl.trainer.dashboards import close_dashboards, prepare_dashboards
 from pi_rl.trainer.flow_config import FlowConfig
 from pi_rl.trainer.metrics import MetricStore, all_reduce
 from pi_rl.trainer.ticks import TickDataset, tick_loader
@@ -146,6 +147,7 @@ class FlowTrainer(CheckpointedTrainer):
         self.env = self._make_env(env, dict(env_kwargs or {}))
         try:
             self._connect(self._loaded)
+            prepare_dashboards(self)
         except BaseException:
             self.close()
             raise
@@ -236,7 +238,8 @@ class FlowTrainer(CheckpointedTrainer):
             say(line)
 
     def close(self) -> None:
-        """Ends the simulator processes if the trainer started them, and frees the stored inputs."""
+        """Ends the simulator processes if the trainer started them, and the dashboards; frees the stored inputs."""
+        close_dashboards(self)
         if getattr(self, "collector", None) is not None:
             self.collector.close()
         if self._env_owned and getattr(self, "env", None) is not None:
