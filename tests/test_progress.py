@@ -1,12 +1,15 @@
 """Progress in a real pseudo-terminal, in a log, and in a notebook's cell."""
 
+import fcntl
 import io
 import logging
 import os
 import pty
 import re
+import struct
 import subprocess
 import sys
+import termios
 import textwrap
 
 import pytest
@@ -25,10 +28,9 @@ ITERATION = {"loss": 0.1, "iteration": 1.0, "time/rollout": 2.0, "time/update": 
 def in_terminal(code, columns=COLUMNS):
     """What a program writes to a terminal, byte for byte."""
     leader, follower = pty.openpty()
-    os.set_inheritable(follower, True)
-    resize = f"import fcntl, struct, termios; fcntl.ioctl(1, termios.TIOCSWINSZ, struct.pack('HHHH', 24, {columns}, 0, 0))"
-    program = resize + "\n" + textwrap.dedent(code)
-    child = subprocess.Popen([sys.executable, "-c", program], stdin=follower, stdout=follower, stderr=follower)
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    child = subprocess.Popen(command, stdin=follower, stdout=follower, stderr=follower)
     os.close(follower)
     written = b""
     while True:
