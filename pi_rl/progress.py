@@ -111,13 +111,14 @@ class _TerminalBar:
             clock = " [{elapsed}<{remaining}]" if owner.leave else ""
             self._bar = tqdm(
                 total=total,
+                initial=done,
                 desc=f"  {owner.title}",
                 unit=owner.unit,
                 leave=owner.leave,
                 file=owner.stream,
                 ncols=_width(owner.stream),
                 miniters=1,
-                postfix=[""],
+                postfix=[text],
                 bar_format=f"{{desc}} {{n_fmt}}/{{total_fmt}} {{unit}} |{{bar:10}}|{clock} {{postfix[0]}}",
             )
         self._bar.postfix[0] = text

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: 0 done, 2 something the user can put right (one message, no traceback), 1 a failure of ours or
-        of a simulator (with traceback), 130 interrupted.
+        of a simulator (with traceback), 75 stopped by a signal with everything saved, 130 interrupted.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words[:1] == ["help"] and len(words) > 1:
@@ -80,7 +80,8 @@ def _help() -> str:
         "Online RL for flow-matching vision-language-action models (π0, π0.5).\n\n"
         f"commands:\n{listed}\n\n"
         "`pi-rl COMMAND --help` prints a command's options, `pi-rl --version` the version.\n"
-        "Exit codes: 0 done, 2 something to put right (the message says what), 1 a failure, 130 interrupted."
+        "Exit codes: 0 done, 2 something to put right (the message says what), 1 a failure, 75 a run that a signal\n"
+        "stopped after it was saved (the same command goes on), 130 interrupted."
     )
 
 

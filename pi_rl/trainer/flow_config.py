@@ -139,6 +139,9 @@ class FlowConfig(TrainingArguments):
 
     eval_episodes: int = option(200, EVAL, "fixed initial states per evaluation; 0 switches evaluation off")
     eval_every_iterations: int | None = option(None, EVAL, "evaluate every N iterations; default: never within a run")
+    eval_videos: int = option(
+        0, EVAL, "evaluation episodes filmed each time, into output_dir/videos and the dashboards of report_to"
+    )
     eval_seed: int = option(0, EVAL, "seed of the flow's initial noise in evaluation")
     output_dir: str = option("trainer_output", EVAL, "folder of checkpoints, results and the trained policy")
     save_strategy: str = option("no", EVAL, "checkpoints: no, steps, epoch or best; easier: save_every_iterations")
@@ -341,6 +344,11 @@ class FlowConfig(TrainingArguments):
             ("noise_std_min", self.noise_std_min > 0, "above 0"),
             ("noise_std_max", self.noise_std_max > self.noise_std_min, f"above noise_std_min={self.noise_std_min}"),
             ("eval_episodes", self.eval_episodes >= 0, "0 or more"),
+            (
+                "eval_videos",
+                0 <= self.eval_videos <= self.eval_episodes,
+                f"0 or more, and at most eval_episodes={self.eval_episodes}",
+            ),
             ("vlm_dtype", self.vlm_dtype in (None, "bfloat16", "float32"), "bfloat16 or float32, or left out"),
             ("prefix_storage", self.prefix_storage in STORAGES, f"one of {', '.join(STORAGES)}"),
             (

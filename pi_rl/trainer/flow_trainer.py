@@ -37,6 +37,7 @@ from pi_rl.rollout.rollout import Rollout
 from pi_rl.rollout.zero_success import warn_about_zero_success
 from pi_rl.trainer.build import build_actor_critic, build_input_storage, load_model
 from pi_rl.trainer.callbacks import IterationReport
+from pi_rl.trainer.dashboards import close_dashboards, prepare_dashboards
 from pi_rl.trainer.disk import check_output_folder
 from pi_rl.trainer.flow_config import FlowConfig
 from pi_rl.trainer.hub_push import PushingTrainer
@@ -149,6 +150,7 @@ class FlowTrainer(InterruptibleTrainer, PushingTrainer):
         self.env = self._make_env(env)
         try:
             self._connect(self._loaded)
+            prepare_dashboards(self)
         except BaseException:
             self.close()
             raise
@@ -244,8 +246,9 @@ class FlowTrainer(InterruptibleTrainer, PushingTrainer):
             say(line)
 
     def close(self) -> None:
-        """Ends the simulator processes if the trainer started them, frees the stored inputs, reports failed pushes."""
+        """Ends simulators that the trainer started and dashboards, frees stored inputs, reports failed pushes."""
         self.report_pushes()
+        close_dashboards(self)
         if getattr(self, "collector", None) is not None:
             self.collector.close()
         if self._env_owned and getattr(self, "env", None) is not None:

@@ -53,7 +53,7 @@ def test_json_and_text_say_the_same(capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--config", "no.yaml"], "no.yaml is no file"),
+        (["--config", "no.yaml"], "no.yaml is neither a file nor the name"),
         ([], "--config"),
         (["--config", CONFIG, "--num_gpus", "0"], "from 1 up"),
         (["--config", CONFIG, "--device_memory_gb", "much"], "number of gigabytes"),

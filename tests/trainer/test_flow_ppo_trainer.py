@@ -189,32 +189,6 @@ def test_a_wrong_rollout_likelihood_is_refused(small_policy, metaworld_env, tmp_
         trainer.train()
 
 
-def test_tensorboard_receives_the_metrics(train, tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    logdir = tmp_path / "tb"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TENSORBOARD_LOGGING_DIR", str(logdir))
-        train(report_to="tensorboard", eval_every_iterations=1)
-    events = EventAccumulator(str(logdir))
-    events.Reload()
-    tags = set(events.Tags()["scalars"])
-    assert {"train/policy/approx_kl", "train/rollout/env_steps", "eval/success_rate"} <= tags
-
-
-def test_trackio_and_wandb_keep_local_records(train, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    trainer = train(report_to=["trackio", "wandb"])
-    assert trainer.args.trackio_space_id is None
-    assert list((tmp_path / "wandb").glob("offline-run-*/run-*.wandb"))
-    import trackio
-
-    runs = trackio.Api().runs("pi_rl")
-    assert runs, "trackio recorded no run"
-
-
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
