@@ -14,7 +14,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, set_seed
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.trainer_callback import PrinterCallback
 
 from pi_rl.argument_values import to_plain
 from pi_rl.envs.registry import make_env
@@ -143,7 +144,7 @@ class FlowTrainer(InterruptibleTrainer, PushingTrainer):
         )
         self.shard(actor_critic)
         self.model_accepts_loss_kwargs = False
-        for default in (PrinterCallback, ProgressCallback):
+        for default in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK):  # in notebooks the latter is another class
             self.remove_callback(default)
         self.report = IterationReport(main=args.process_index == 0, bars=not args.disable_tqdm)
         self.add_callback(self.report)
