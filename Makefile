@@ -13,6 +13,8 @@ ifeq ($(GPU),)
 export OMP_NUM_THREADS ?= 1
 endif
 
+# Two test files at a time; whole files, so that what a file prepares is prepared once.
+PARALLEL ?= -n 2 --dist loadfile
 EVERYTHING := test,lint,docs,notebooks,libero,maniskill
 
 .PHONY: help quickstart test lint format types setup benchmarks clean
@@ -24,7 +26,7 @@ quickstart: setup ## from demonstrations to a policy improved by RL, with Flow-N
 	@$(BIN)/accelerate launch --quiet --config_file $(LAUNCH_CONFIG) $(RECIPE) $(ARGS)
 
 test: benchmarks ## the test suite (without the tests marked slow or gpu)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 lint: setup ## ruff: rules and format
 	@$(BIN)/ruff check . && $(BIN)/ruff format --check .
