@@ -15,6 +15,7 @@ from pi_rl.policies.attention import ATTENTION_IMPLEMENTATIONS, default_attentio
 from pi_rl.policies.execution import Execution
 from pi_rl.policies.input_storage import STORAGES
 from pi_rl.rollout.stages import check_stages
+from pi_rl.trainer.processes import join_cpu_processes
 
 FLOW, UPDATE, ROLLOUT, EVAL = "Flow sampling", "Policy update", "Rollout", "Evaluation and checkpoints"
 COMPUTE = "Precision and memory"
@@ -186,6 +187,8 @@ class FlowConfig(TrainingArguments):
         self.num_train_epochs = self.num_iterations
         self._accumulate()
         self._iterations_to_steps()
+        if self.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "false").lower() == "true":
+            join_cpu_processes(self.ddp_backend, self.ddp_timeout)
         super().__post_init__()
         self._check_precision()
         self.sampler()

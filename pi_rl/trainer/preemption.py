@@ -22,7 +22,7 @@ from pi_rl.trainer.checkpoint_folders import RL_STATE_NAME
 from pi_rl.trainer.metrics import all_reduce
 from pi_rl.trainer.not_finite import FiniteTrainer
 from pi_rl.trainer.plain_state import read_json
-from pi_rl.trainer.processes import leave_process_group
+from pi_rl.trainer.processes import leave_process_group, naming_lost_processes
 
 SAVED_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h, "try again": the state is saved and the same command goes on. 143 and 130 are what a
@@ -140,13 +140,15 @@ class InterruptibleTrainer(FiniteTrainer):
             Preempted: A SystemExit with code 75, after another signal.
             CheckpointError: If the checkpoint cannot be resumed.
             NotWritten: If the last checkpoint cannot be written.
+            ProcessLost: If another process of the run has ended or does not answer.
         """
         self._asked_first_evaluation = self.args.eval_on_start
         self._last_end = self._saved_step = None
         self._evaluation_due = False
         with StopSignals(announce=self.args.process_index == 0) as self._signals:
             try:
-                return super().train(resume_from_checkpoint, *args, **kwargs)
+                with naming_lost_processes(self.args.ddp_timeout):
+                    return super().train(resume_from_checkpoint, *args, **kwargs)
             except _Stop as stop:
                 self._signals.saving = True
                 self._end_after_saving(stop.signum)

@@ -1,16 +1,19 @@
 """What the processes of one run tell each other: decisions of the first, problems of any, files that one lacks."""
 
 import hashlib
+import os
 import shutil
 import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate import PartialState
 
 T = TypeVar("T")
 _USER_ERRORS = (ValueError, RuntimeError, TypeError, OSError, ArithmeticError)
@@ -18,9 +21,46 @@ _PIECE = 32 * 2**20  # bytes that travel at once
 _PROBE = 2**20  # bytes at a file's two ends that tell whether two files are the same
 
 
+class ProcessLost(RuntimeError):
+    """Another process of the run has ended, or does not answer."""
+
+
 def process_count() -> int:
     """Number of processes of this run."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def join_cpu_processes(backend: str | None, timeout_s: float) -> None:
+    """Starts the process group of a run on CPUs with its time limit, which transformers gives to GPUs only.
+
+    Args:
+        backend: ``ddp_backend``; None lets accelerate choose.
+        timeout_s: ``ddp_timeout``, seconds that a collective call waits for the slowest process.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not dist.is_initialized():
+        PartialState(cpu=True, backend=backend, timeout=timedelta(seconds=timeout_s))
+
+
+@contextmanager
+def naming_lost_processes(timeout_s: float) -> Iterator[None]:
+    """Says what it means for this process that a collective call has failed.
+
+    Args:
+        timeout_s: ``ddp_timeout``.
+
+    Raises:
+        ProcessLost: Instead of what the library raised.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if process_count() == 1 or not (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise
+        raise ProcessLost(
+            f"Process {dist.get_rank()}: another process of this run has ended, or has not answered for "
+            f"ddp_timeout={timeout_s:g} s; what it printed says why. This one ends too. The run's checkpoints are "
+            "intact: resume_from_checkpoint=True goes on from the newest."
+        ) from error
 
 
 def leave_process_group() -> None:
