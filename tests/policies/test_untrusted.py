@@ -11,6 +11,8 @@ import pytest
 import torch
 from lerobot.processor import ObservationProcessorStep, PolicyProcessorPipeline, ProcessorStepRegistry
 
+from pi_rl.cli.main import main
+from pi_rl.pipeline import RecipeError, run_recipe
 from pi_rl.policies.checkpoints import load_policy
 from pi_rl.policies.untrusted import check_policy_folder, check_tokenizer_name, names_to_download, read_json
 from tests.cli.servers import Contents, serve
@@ -304,6 +306,20 @@ def test_a_repository_of_pickles_is_refused(name):
 def test_read_json_names_a_missing_file(tmp_path):
     with pytest.raises(ValueError, match=r"No configuration in .*: config.json is missing\. Give a folder"):
         read_json(tmp_path / "config.json", "configuration")
+
+
+def test_commands_and_recipes_end_with_the_message(mlp_folder, tmp_path, canary, module, capsys):
+    folder = shutil.copytree(mlp_folder, tmp_path / "policy")
+    add_step(folder, {"class": f"{module}.Step", "config": {}})
+    words = ["--env", "toy:point-mass", "--output_dir"]
+    assert main(["eval", "--policy", str(folder), *words, str(tmp_path / "eval")]) == 2
+    printed = capsys.readouterr().err
+    assert "is not registered by code of yours" in printed
+    assert "Traceback" not in printed
+    size = ["--num_envs", "2", "--rollout_chunks", "4", "--per_device_train_batch_size", "8", "--use_cpu"]
+    with pytest.raises(RecipeError, match="is not registered by code of yours"):  # exit code 2
+        run_recipe("", None, "flow_sde", ["--model", str(folder), *words, str(tmp_path / "run"), *size])
+    assert not canary.exists()
 
 
 @pytest.mark.slow
