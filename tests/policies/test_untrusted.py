@@ -303,6 +303,12 @@ def test_a_repository_of_pickles_is_refused(name):
         names_to_download([("config.json", 5), (name, 5)], "somebody/pi0")
 
 
+def test_without_a_connection_a_policy_that_is_not_cached_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConnectionError, match=r"somebody/nothing is not in the Hub's cache .* unset HF_HUB_OFFLINE"):
+        load_policy("somebody/nothing")
+
+
 def test_read_json_names_a_missing_file(tmp_path):
     with pytest.raises(ValueError, match=r"No configuration in .*: config.json is missing\. Give a folder"):
         read_json(tmp_path / "config.json", "configuration")
@@ -346,11 +352,16 @@ for name in sys.argv[1:]:
     with serve(Contents(repos=repos)) as url:
         environment = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
         environment |= {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", code, "somebody/good", "somebody/steps", "somebody/pickles", "somebody/names"],
-            env=environment, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+
+        def run(*names):
+            return subprocess.run(
+                [sys.executable, "-c", code, *names], env=environment, capture_output=True, text=True, timeout=300
+            )
+
+        done = run("somebody/good", "somebody/steps", "somebody/pickles", "somebody/names")
     assert done.returncode == 0, done.stderr
+    again = run("somebody/good")  # the server is gone: from the cache
+    assert again.stdout.splitlines() == done.stdout.splitlines()[:1], again.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == f"somebody/good {sorted(good)}"
     assert "refused" in lines[1]
