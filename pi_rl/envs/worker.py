@@ -34,7 +34,7 @@ BACKENDS = {
     "metaworld": "pi_rl.envs.metaworld:MetaWorldBackend",
 }
 """Simulator to its `Backend`; in its place, "module:Class" of any other backend that the worker can import."""
-PARENT_CHECK_S = 5.0
+PARENT_CHECK_S = 2.0
 _ALIGNMENT = 64
 
 

@@ -21,6 +21,7 @@ from pi_rl.envs.vector_env import EnvSpec
 from pi_rl.policies.actor_critic import FlowActorCritic
 from pi_rl.policies.checkpoints import CONFIG_FILE, LoadedPolicy, override_steps
 from pi_rl.policies.pi import PiFlowPolicy
+from pi_rl.policies.untrusted import check_policy_folder
 from pi_rl.recipe_arguments import RecipeArguments
 from pi_rl.trainer.build import build_actor_critic
 from pi_rl.trainer.flow_config import FlowConfig
@@ -76,6 +77,7 @@ def find_policy(
     if folder is None:
         config = _small_config(recipe, args, spec)
     elif (folder / CONFIG_FILE).is_file():
+        check_policy_folder(folder)
         config = PreTrainedConfig.from_pretrained(folder)
     else:
         kind = model_type or type_of_name(str(recipe.model))

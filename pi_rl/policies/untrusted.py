@@ -5,7 +5,6 @@ its tokenizer must be installed ones. A file lies in the folder, under a plain n
 """
 
 import json
-import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
@@ -13,10 +12,15 @@ from typing import Any
 
 import httpx
 from huggingface_hub import HfApi, hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RevisionNotFoundError,
+)
 from lerobot.processor import ProcessorStepRegistry
 
-logger = logging.getLogger(__name__)
 MB = 10**6
 LARGEST = {".json": 100 * MB, ".model": 100 * MB, ".jinja": MB, ".md": 10 * MB, ".safetensors": 100_000 * MB}
 """Largest files that are downloaded, in bytes by the end of the name; nothing else is downloaded."""
@@ -58,7 +62,7 @@ _CONVERT = (
 def download_policy(hub_id: str, revision: str | None = None) -> Path:
     """Downloads a policy from the Hub, after a look at the names and sizes of its files.
 
-    Without a connection the copy in the Hub's cache is used.
+    Where the Hub does not answer, or refuses to, the copy in its cache is used.
 
     Args:
         hub_id: "user/name".
@@ -74,11 +78,26 @@ def download_policy(hub_id: str, revision: str | None = None) -> Path:
     """
     try:
         listed = HfApi().model_info(hub_id, revision=revision, files_metadata=True).siblings or []
-    except (httpx.ConnectError, httpx.TimeoutException, OfflineModeIsEnabled):
-        logger.info(f"The Hub cannot be reached; {hub_id} is read from its cache.")
-        return Path(snapshot_download(hub_id, revision=revision, local_files_only=True))
+    except RevisionNotFoundError:
+        raise
+    except (httpx.ConnectError, httpx.TimeoutException, OfflineModeIsEnabled, HfHubHTTPError) as error:
+        return _cached_policy(hub_id, revision, error)
     names = names_to_download(((file.rfilename, file.size) for file in listed), hub_id)
     return Path(snapshot_download(hub_id, revision=revision, allow_patterns=names))
+
+
+def _cached_policy(hub_id: str, revision: str | None, reason: Exception) -> Path:
+    """The copy of an earlier download; `reason` is why there is none from the Hub itself."""
+    kinds = [f"*{suffix}" for suffix in LARGEST if suffix != ".md"]
+    try:
+        return Path(snapshot_download(hub_id, revision=revision, local_files_only=True, allow_patterns=kinds))
+    except LocalEntryNotFoundError:
+        if isinstance(reason, HfHubHTTPError):
+            raise reason from None
+        raise ConnectionError(
+            f"{hub_id} is not in the Hub's cache on this computer, and the Hub cannot be reached ({reason}). Connect, "
+            "unset HF_HUB_OFFLINE if it is set, or give the folder of a policy."
+        ) from reason
 
 
 def names_to_download(files: Iterable[tuple[str, int | None]], source: str) -> list[str]:
@@ -191,7 +210,10 @@ def check_tokenizer_name(name: Any, place: Path) -> None:
         for file in ("tokenizer_config.json", "config.json"):
             try:
                 read_json(Path(hf_hub_download(name, file)), "tokenizer configuration")
-            except EntryNotFoundError:  # neither there nor, without a connection, in the cache
+            except (
+                EntryNotFoundError,
+                OSError,
+            ):  # there is no such file; what else is wrong, the tokenizer's loader says
                 continue
 
 

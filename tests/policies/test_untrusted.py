@@ -11,6 +11,8 @@ import pytest
 import torch
 from lerobot.processor import ObservationProcessorStep, PolicyProcessorPipeline, ProcessorStepRegistry
 
+from pi_rl.cli.main import main
+from pi_rl.pipeline import RecipeError, run_recipe
 from pi_rl.policies.checkpoints import load_policy
 from pi_rl.policies.untrusted import check_policy_folder, check_tokenizer_name, names_to_download, read_json
 from tests.cli.servers import Contents, serve
@@ -301,9 +303,29 @@ def test_a_repository_of_pickles_is_refused(name):
         names_to_download([("config.json", 5), (name, 5)], "somebody/pi0")
 
 
+def test_without_a_connection_a_policy_that_is_not_cached_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConnectionError, match=r"somebody/nothing is not in the Hub's cache .* unset HF_HUB_OFFLINE"):
+        load_policy("somebody/nothing")
+
+
 def test_read_json_names_a_missing_file(tmp_path):
     with pytest.raises(ValueError, match=r"No configuration in .*: config.json is missing\. Give a folder"):
         read_json(tmp_path / "config.json", "configuration")
+
+
+def test_commands_and_recipes_end_with_the_message(mlp_folder, tmp_path, canary, module, capsys):
+    folder = shutil.copytree(mlp_folder, tmp_path / "policy")
+    add_step(folder, {"class": f"{module}.Step", "config": {}})
+    words = ["--env", "toy:point-mass", "--output_dir"]
+    assert main(["eval", "--policy", str(folder), *words, str(tmp_path / "eval")]) == 2
+    printed = capsys.readouterr().err
+    assert "is not registered by code of yours" in printed
+    assert "Traceback" not in printed
+    size = ["--num_envs", "2", "--rollout_chunks", "4", "--per_device_train_batch_size", "8", "--use_cpu"]
+    with pytest.raises(RecipeError, match="is not registered by code of yours"):  # exit code 2
+        run_recipe("", None, "flow_sde", ["--model", str(folder), *words, str(tmp_path / "run"), *size])
+    assert not canary.exists()
 
 
 @pytest.mark.slow
@@ -330,11 +352,16 @@ for name in sys.argv[1:]:
     with serve(Contents(repos=repos)) as url:
         environment = {key: value for key, value in os.environ.items() if key not in ("HF_HUB_OFFLINE", "HF_TOKEN")}
         environment |= {"HF_ENDPOINT": url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-        done = subprocess.run(
-            [sys.executable, "-c", code, "somebody/good", "somebody/steps", "somebody/pickles", "somebody/names"],
-            env=environment, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+
+        def run(*names):
+            return subprocess.run(
+                [sys.executable, "-c", code, *names], env=environment, capture_output=True, text=True, timeout=300
+            )
+
+        done = run("somebody/good", "somebody/steps", "somebody/pickles", "somebody/names")
     assert done.returncode == 0, done.stderr
+    again = run("somebody/good")  # the server is gone: from the cache
+    assert again.stdout.splitlines() == done.stdout.splitlines()[:1], again.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == f"somebody/good {sorted(good)}"
     assert "refused" in lines[1]
