@@ -159,6 +159,9 @@ def _commit(api: Any, files: Mapping[str, Path | bytes], repo_id: str, message: 
 
     # made anew for each try: the client then asks again what the Hub has, also of a commit whose answer was lost
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=source) for name, source in files.items()]
+    different = {str(addition.path_or_fileobj): addition for addition in additions}.values()
+    if len(different) < len(additions):  # the client sends the same content twice within a commit, but not after it
+        api.preupload_lfs_files(repo_id, different, revision=revision, free_memory=False)
     return api.create_commit(repo_id, additions, commit_message=message, revision=revision).oid
 
 

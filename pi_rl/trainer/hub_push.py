@@ -37,6 +37,7 @@ class PushingTrainer(CheckpointedTrainer):
     own; a failure is remembered, and told at the end with the command that repeats the push.
     """
 
+    hub_model_id: str | None
     _queue: PushQueue | None = None
     _pushes_skipped: int = 0
     _failure_announced: bool = False
