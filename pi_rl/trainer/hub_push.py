@@ -11,12 +11,13 @@ from typing import Any
 
 from transformers.trainer_utils import HubStrategy
 
-from pi_rl.hub.push import PushOutcome, push_command, size_text
+from pi_rl.hub.push import PushOutcome, push_command
 from pi_rl.hub.push_contents import (
     POLICY_FOLDER,
     RUN_CONFIG_NAME,
     checkpoint_contents,
     policy_contents,
+    run_folder_of,
     with_card,
 )
 from pi_rl.hub.push_process import PushJob, PushQueue, local_files, run_push
@@ -204,7 +205,7 @@ class PushingTrainer(CheckpointedTrainer):
         self._finish_current_push()
         outcome = self._queue.outcomes[-1]
         if outcome.error is None:
-            say(f"On the Hub: {outcome.url} ({len(outcome.files)} files, {size_text(outcome.size)})")
+            say(f"On the Hub: {outcome.describe()}")
         return outcome
 
     def report_pushes(self) -> None:
@@ -276,13 +277,14 @@ class PushingTrainer(CheckpointedTrainer):
         with self._staging() as staging:
             copy = staging / final.name
             shutil.copytree(folder, copy, copy_function=_link)
-            if (config := Path(self.args.output_dir) / RUN_CONFIG_NAME).is_file():
-                _link(config, staging / config.name)
+            run = run_folder_of(Path(self.args.output_dir))
+            if run is not None:
+                _link(run / RUN_CONFIG_NAME, staging / RUN_CONFIG_NAME)
             whole = {}
             if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 last = self.args.hub_strategy == HubStrategy.CHECKPOINT
                 whole = checkpoint_contents(copy, repo_id, LAST_CHECKPOINT if last else final.name).files
-            with_card(copy, repo_id)
+            with_card(copy, repo_id, run)
             files = local_files(policy_contents(copy, repo_id).files | whole, staging / "texts")
             return self._job(files, repo_id, final, message, None, staging)
 
