@@ -30,6 +30,7 @@ from pi_rl.argument_values import (
     is_list_like,
     to_plain,
 )
+from pi_rl.secrets import redacted, redacted_words
 
 INHERITED_GROUP = "Hugging Face TrainingArguments"
 RESERVED = ("config", "base", "without", "help", "help_all")
@@ -37,6 +38,9 @@ RESERVED = ("config", "base", "without", "help", "help_all")
 
 class ArgumentsError(ValueError):
     """A name or value given by the user that does not fit; the message is one paragraph for the user."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,7 +127,8 @@ def dump_config(instances: Iterable[Any], path: Path | str) -> None:
     """Writes the effective configuration as a YAML file that ``--config`` reads again.
 
     All fields of our own are written, and those inherited from ``transformers.TrainingArguments`` that differ from
-    their defaults. Tokens and the rank of a process are left out. The file replaces an existing one as a whole.
+    their defaults. Tokens and the rank of a process are left out; a token inside another option is redacted. The file
+    replaces an existing one as a whole.
 
     Args:
         instances: Dataclass instances, as :func:`parse_recipe_arguments` returns them.
@@ -153,13 +158,20 @@ def changed_settings(instances: Iterable[Any], path: Path | str) -> list[str]:
 
 
 def launch_command(script: str, words: Sequence[str]) -> str:
-    """The command line that repeats a run, to be shown to others: paths of this machine appear by their last part.
+    """The command line that repeats a run, to be shown to others.
+
+    Paths of this machine appear by their last part, access tokens as asterisks.
 
     Args:
         script: Recipe, such as ``"recipes/sft.py"``.
         words: Its arguments.
     """
-    return shlex.join(["accelerate", "launch", script, *map(without_folder, words)])
+    return shlex.join(["accelerate", "launch", script, *shown_words(words)])
+
+
+def shown_words(words: Sequence[str]) -> list[str]:
+    """Arguments to be shown to others: `without_folder` and without access tokens."""
+    return [without_folder(word) for word in redacted_words(words)]
 
 
 def without_folder(word: str) -> str:
@@ -190,7 +202,7 @@ def _config_text(instances: Iterable[Any]) -> str:
     for group, entries in sections.items():
         text = yaml.dump(entries, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True)
         lines.append(f"# {group}\n{text}")
-    return "\n".join(lines)
+    return redacted("\n".join(lines))
 
 
 def _collect_options(dataclass_types: Sequence[type]) -> dict[str, _Option]:

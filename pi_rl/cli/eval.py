@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pi_rl.arguments import without_folder
+from pi_rl.arguments import shown_words, without_folder
 from pi_rl.cli.eval_plan import (
     choose_states,
     choose_tasks,
@@ -212,7 +212,7 @@ def run(argv: Sequence[str]) -> int:
     from pi_rl.cli.eval_report import choose_videos, evaluation_table, film
 
     args = _parser().parse(argv)
-    plan = _prepare(args, shlex.join(["pi-rl", "eval", *map(without_folder, argv)]))
+    plan = _prepare(args, shlex.join(["pi-rl", "eval", *shown_words(argv)]))
     plan.say(f"{plan.spec.name}: {plan.which}, {len(plan.ids)} episodes; results in {plan.folder}")
     with user_errors():
         log = _open_log(plan)

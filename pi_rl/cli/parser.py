@@ -9,12 +9,16 @@ from typing import Any, NoReturn
 import yaml
 
 from pi_rl.argument_values import ConfigLoader
+from pi_rl.secrets import redacted
 
 WIDTH = 110
 
 
 class UserError(ValueError):
     """Something that the user can put right; the message says how, and is printed without a traceback."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 @contextmanager
