@@ -100,7 +100,8 @@ def test_a_user_pushes_downloads_and_evaluates_with_both_packages(hub, tmp_path,
     spec = check_name_and_options("metaworld:handle-press-v3", {})
     policy = create_small_policy(
         "pi0", cameras=spec.cameras, state_dim=spec.state_dim, action_dim=spec.action_dim, image_size=32,
-        chunk_size=50, n_action_steps=50, denoising_steps=1, instructions=spec.instructions, output_dir=tmp_path / "policy", seed=0,
+        chunk_size=50, n_action_steps=50, denoising_steps=1, instructions=spec.instructions,
+        output_dir=tmp_path / "policy", seed=0,
     )  # fmt: skip
     home = tmp_path / "hf"
     told = json.loads(ended_well(run_client(hub, home, BIN / "pi-rl", "push", policy, "--repo", REPO, "--json")))
