@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pi_rl.arguments import Program, changed_settings, dump_config, launch_command, option, parse_recipe_arguments
+from pi_rl.hub.push import check_repo_id, push_and_tell
 from pi_rl.pipeline import RecipeError
 from pi_rl.progress import Progress, say
 from pi_rl.trainer.sft import last_checkpoint, launched_rank, run_sft
@@ -77,6 +78,9 @@ class SftArguments:
         None, OUTPUT, "type of its weights: float32 or bfloat16 (RL runs the frozen VLM in it); default: as trained"
     )
     save_every_steps: int = option(1_000, OUTPUT, "checkpoint every N steps, of which the last is kept; 0: never")
+    push_to_hub: bool = option(False, OUTPUT, "upload the fine-tuned policy to the Hub at the end")
+    hub_model_id: str | None = option(None, OUTPUT, "its repository, user/name; push_to_hub needs it")
+    hub_private_repo: bool = option(False, OUTPUT, "make the repository private")
     dry_run: bool = option(False, OUTPUT, "check model and data, print what would be trained, then stop")
 
     def __post_init__(self) -> None:
@@ -106,6 +110,8 @@ class SftArguments:
         for name, (fine, allowed) in rules.items():
             if not fine:
                 raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: it must be {allowed}.")
+        if self.push_to_hub:
+            check_repo_id(self.hub_model_id or "")
 
     @property
     def start_settings(self) -> StartSettings:
@@ -299,6 +305,9 @@ def _train(args: SftArguments, plan: _Plan, output: Path, main: bool, command: s
         write_sft_card(output, args, episodes=plan.episodes, tasks=plan.tasks, frames=plan.frames, command=command)
         shutil.rmtree(work)
         say(f"\nFine-tuned policy: {output}\nReinforcement learning starts from it with --model {output}")
+        if args.push_to_hub:
+            assert args.hub_model_id is not None
+            push_and_tell(output, args.hub_model_id, private=args.hub_private_repo or None)
     return output
 
 

@@ -131,3 +131,21 @@ def metaworld_env():
     yield make
     for env in made:
         env.close()
+
+
+@pytest.fixture
+def hub():
+    """An empty Hub on the loopback interface."""
+    from tests.hub.hub_server import Server
+
+    with Server() as served:
+        yield served
+
+
+@pytest.fixture
+def hub_here(hub, tmp_path, monkeypatch):
+    """The same, which the Hub client of this process talks to with a token that may write for "user"."""
+    from tests.hub.hub_client import client_here
+
+    with client_here(hub, tmp_path / "hf", monkeypatch):
+        yield hub

@@ -286,3 +286,22 @@ def test_two_processes_train_together(small_policy_folders, dataset_root, tmp_pa
     assert "reduction" not in result.stderr
     assert json.loads((tmp_path / "policy/train_config.json").read_text())["batch_size"] == 2
     assert [path.name for path in tmp_path.iterdir()] == ["policy"]
+
+
+def test_the_policy_is_pushed_with_its_card(sft, hub_here, capfd):
+    folder = sft("pi0", "--push_to_hub", "--hub_model_id", "user/sft", "--hub_private_repo")
+    repo = hub_here.repos["user/sft"]
+    assert repo.private
+    held = repo.files()
+    assert held["model.safetensors"] == (folder / "model.safetensors").read_bytes()
+    assert b"imitation-learning" in held["README.md"]
+    assert f"{hub_here.address}/user/sft (" in capfd.readouterr().out
+
+
+def test_a_hub_that_refuses_leaves_the_policy_and_says_how_to_repeat(sft, hub_here, capfd):
+    hub_here.fail("", 403, times=100)
+    folder = sft("pi0", "--push_to_hub", "--hub_model_id", "user/sft")
+    assert (folder / "model.safetensors").is_file()
+    assert f"pi-rl push {folder} --repo user/sft" in capfd.readouterr().err
+    with pytest.raises(RecipeError, match="user/name"):
+        sft("pi0", "--push_to_hub", "--hub_model_id", "sft", output="other")

@@ -87,18 +87,11 @@ def _print_list(contents: "Contents", args: argparse.Namespace) -> None:
 
 
 def _print_outcome(outcome: "PushOutcome", args: argparse.Namespace) -> int:
-    from pi_rl.hub.push import size_text
-
     if args.json:
         print(json.dumps(asdict(outcome), indent=2))
     elif outcome.error is None:
-        state = "uploaded" if outcome.changed else "nothing to upload, the Hub has it all"
-        print(f"{outcome.url}\n{len(outcome.files)} files, {size_text(outcome.size)}: {state}")
-    if outcome.error is not None:
-        print(
-            f"error: The push to {outcome.repo_id} failed: {outcome.error}. Nothing was published; what was sent is "
-            f"not sent again by: {outcome.command}",
-            file=sys.stderr,
-        )
-        return 2 if outcome.refused else 1
-    return 0
+        print(outcome.describe())
+    if outcome.error is None:
+        return 0
+    print(f"error: {outcome.describe()}", file=sys.stderr)
+    return 2 if outcome.refused else 1

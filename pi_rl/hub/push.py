@@ -7,6 +7,7 @@ push that was interrupted is completed by repeating it.
 
 import json
 import shlex
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from pi_rl.progress import say
 from pi_rl.secrets import redacted
 
 WAITS_S = (1.0, 4.0, 16.0)
@@ -49,6 +51,16 @@ class PushOutcome:
     size: int = 0
     error: str | None = None
     refused: bool = False
+
+    def describe(self) -> str:
+        """One paragraph: the page and what is there, or what went wrong and the command that repeats it."""
+        if self.error is not None:
+            return (
+                f"The push to {self.repo_id} failed: {self.error}. Nothing was published by it; what had arrived is "
+                f"not sent again by: {self.command}"
+            )
+        state = "uploaded" if self.changed else "the Hub had it all"
+        return f"{self.url} ({len(self.files)} files, {size_text(self.size)}: {state})"
 
 
 def push_folder(
@@ -89,6 +101,27 @@ def push_folder(
         revision=revision,
         token=token,
     )
+
+
+def push_and_tell(folder: str | Path, repo_id: str, *, private: bool | None = None) -> PushOutcome:
+    """Pushes at the end of a run, prints what came of it, and never raises for it: the run's work is on the disk.
+
+    Args:
+        folder: See :func:`push_folder`.
+        repo_id: "user/name".
+        private: See :func:`push_folder`.
+    """
+    say("\nPushing to the Hub …")
+    try:
+        outcome = push_folder(folder, repo_id, private=private)
+    except (ValueError, OSError) as error:
+        command = push_command(folder, repo_id, private=bool(private))
+        outcome = PushOutcome(repo_id=repo_id, command=command, error=redacted(f"{error}"), refused=True)
+    if outcome.error is None:
+        say(f"On the Hub: {outcome.describe()}")
+    else:
+        print(f"\nwarning: {outcome.describe()}", file=sys.stderr, flush=True)
+    return outcome
 
 
 def push_files(
@@ -159,6 +192,9 @@ def _commit(api: Any, files: Mapping[str, Path | bytes], repo_id: str, message: 
 
     # made anew for each try: the client then asks again what the Hub has, also of a commit whose answer was lost
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=source) for name, source in files.items()]
+    different = {str(addition.path_or_fileobj): addition for addition in additions}.values()
+    if len(different) < len(additions):  # the client sends the same content twice within a commit, but not after it
+        api.preupload_lfs_files(repo_id, different, revision=revision, free_memory=False)
     return api.create_commit(repo_id, additions, commit_message=message, revision=revision).oid
 
 

@@ -155,8 +155,13 @@ def policy_contents(folder: str | Path, repo_id: str) -> Contents:
     return Contents(_publishable(files, policy, repo_id), left_out)
 
 
-def with_card(folder: str | Path, repo_id: str) -> Path:
+def with_card(folder: str | Path, repo_id: str, run_folder: Path | None = None) -> Path:
     """The policy's card; one is written if there is none.
+
+    Args:
+        folder: A run's output folder, a checkpoint of one, or a policy folder.
+        repo_id: "user/name".
+        run_folder: Output folder of the run it is from; None looks around the folder.
 
     Raises:
         ValueError: The folder holds no policy, or the card's metadata cannot be read.
@@ -168,7 +173,7 @@ def with_card(folder: str | Path, repo_id: str) -> Path:
     policy = policy_folder_of(folder)
     card = policy / CARD_NAME
     if not card.is_file():
-        write_checkpoint_card(policy, run_folder=run_folder_of(Path(folder)), repo_id=repo_id)
+        write_checkpoint_card(policy, run_folder=run_folder or run_folder_of(Path(folder)), repo_id=repo_id)
     try:
         ModelCard.load(card)
     except Exception as error:  # the YAML parser has error classes of its own

@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -73,8 +74,8 @@ class PushProcess:
             env=environment,
         )
         assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(asdict(job)).encode())
-        self._process.stdin.close()
+        with suppress(BrokenPipeError), self._process.stdin as stream:  # a process that died tells by its exit code
+            stream.write(json.dumps(asdict(job)).encode())
 
     @property
     def done(self) -> bool:
@@ -144,7 +145,11 @@ class PushQueue:
             self.outcomes.append(self._running.outcome(limit_s=0.0))
             self._running = None
         if self._running is None and self._waiting:
-            self._running = PushProcess(self._waiting.popleft(), self.token)
+            job = self._waiting.popleft()
+            try:
+                self._running = PushProcess(job, self.token)
+            except OSError as error:
+                self._drop(job, f"its process could not be started: {error}")
 
     def finish(self, limit_s: float) -> None:
         """Waits until all have ended; what has not after `limit_s` seconds is given up."""
@@ -166,10 +171,12 @@ class PushQueue:
 
     def _give_up_waiting(self, why: str) -> None:
         while self._waiting:
-            job = self._waiting.popleft()
-            self.outcomes.append(job.failed(why))
-            if job.staging is not None:
-                shutil.rmtree(job.staging, ignore_errors=True)
+            self._drop(self._waiting.popleft(), why)
+
+    def _drop(self, job: PushJob, why: str) -> None:
+        self.outcomes.append(job.failed(why))
+        if job.staging is not None:
+            shutil.rmtree(job.staging, ignore_errors=True)
 
 
 def run_push(job: PushJob, *, token: str | None = None, limit_s: float) -> PushOutcome:

@@ -12,11 +12,12 @@ from typing import Any
 from transformers.trainer_utils import HubStrategy
 
 from pi_rl.arguments import CONFIG_NAME
-from pi_rl.hub.push import PushOutcome, push_command, size_text
+from pi_rl.hub.push import PushOutcome, push_command
 from pi_rl.hub.push_contents import (
     POLICY_FOLDER,
     checkpoint_contents,
     policy_contents,
+    run_folder_of,
     with_card,
 )
 from pi_rl.hub.push_process import PushJob, PushQueue, local_files, run_push
@@ -37,7 +38,7 @@ class PushingTrainer(CheckpointedTrainer):
     own; a failure is remembered, and told at the end with the command that repeats the push.
     """
 
-    hub_model_id: str | None = None
+    hub_model_id: str | None
     _queue: PushQueue | None = None
     _pushes_skipped: int = 0
     _failure_announced: bool = False
@@ -55,11 +56,12 @@ class PushingTrainer(CheckpointedTrainer):
         """
         if not self.is_world_process_zero() or self.args.dry_run:
             return
-        for left in Path(self.args.output_dir).glob(f"{_STAGING}*"):  # of a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
         name = str(self.args.hub_model_id or Path(self.args.output_dir).absolute().name)
         _check_name(name)
-        self._queue = self._queue or PushQueue()
+        if self._queue is None:
+            self._queue = PushQueue()
+            for left in Path(self.args.output_dir).glob(f"{_STAGING}*"):  # of a run that was killed
+                shutil.rmtree(left, ignore_errors=True)
         self._queue.token = token = token or self.args.hub_token
         job = PushJob(
             repo_id=name,
@@ -100,13 +102,7 @@ class PushingTrainer(CheckpointedTrainer):
         message = f"Training in progress, step {self.state.global_step}"
         # by the name that it has when it is complete
         final = Path(self.args.output_dir) / Path(checkpoint_folder).name
-        try:
-            self._queue.add(self._checkpoint_job(Path(checkpoint_folder), final, message))
-        except (ValueError, OSError) as error:
-            name = self.hub_model_id or self.args.hub_model_id or ""
-            self._queue.outcomes.append(
-                PushOutcome(repo_id=name, command=self._command(final, name), error=f"{error}")
-            )
+        self._add(lambda: self._checkpoint_job(Path(checkpoint_folder), final, message), final)
 
     def push_to_hub(
         self,
@@ -165,8 +161,9 @@ class PushingTrainer(CheckpointedTrainer):
         card.save(path)
 
     def _finish_current_push(self) -> None:
-        if self._queue is not None:
-            self._queue.finish(FINISH_LIMIT_S)
+        # the other processes of a distributed run must not wait for the upload, longer than their limit: `close` does
+        if self.args.world_size == 1:
+            self._wait_for_pushes()
 
     # ---- what is ours ----------------------------------------------------------------------------------------------
 
@@ -196,21 +193,26 @@ class PushingTrainer(CheckpointedTrainer):
         if self._queue is None or self.args.dry_run or not self.is_world_process_zero():
             return None
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        self._finish_current_push()
+        self._wait_for_pushes()
         self._add(lambda: self._saved_job(Path(folder), message, revision), Path(folder))
         if not blocking:
             return None
         say("Pushing to the Hub …")
-        self._finish_current_push()
+        self._wait_for_pushes()
         outcome = self._queue.outcomes[-1]
         if outcome.error is None:
-            say(f"On the Hub: {outcome.url} ({len(outcome.files)} files, {size_text(outcome.size)})")
+            say(f"On the Hub: {outcome.describe()}")
         return outcome
 
     def report_pushes(self) -> None:
-        """Ends what still runs, and tells on standard error which pushes failed and how to repeat the last."""
+        """Tells on standard error which pushes failed and how to repeat the last.
+
+        Waits for pushes that go on if the training is complete, and ends them if it was broken off.
+        """
         if self._queue is None:
             return
+        if self.state.global_step >= self.state.max_steps:
+            self._wait_for_pushes()
         self._queue.end()
         outcomes, self._queue.outcomes = self._queue.outcomes, []
         failed = [outcome for outcome in outcomes if outcome.error is not None]
@@ -226,6 +228,10 @@ class PushingTrainer(CheckpointedTrainer):
             else f"Everything is in {self.args.output_dir}. To push it: {outcomes[-1].command}",
         ]
         _warn(" ".join(filter(None, parts)))
+
+    def _wait_for_pushes(self) -> None:
+        if self._queue is not None:
+            self._queue.finish(FINISH_LIMIT_S)
 
     def _announce_first_failure(self) -> None:
         assert self._queue is not None
@@ -276,13 +282,14 @@ class PushingTrainer(CheckpointedTrainer):
         with self._push_staging() as staging:
             copy = staging / final.name
             shutil.copytree(folder, copy, copy_function=_link)
-            if (config := Path(self.args.output_dir) / CONFIG_NAME).is_file():
-                _link(config, staging / config.name)
+            run = run_folder_of(Path(self.args.output_dir))
+            if run is not None:
+                _link(run / CONFIG_NAME, staging / CONFIG_NAME)
             whole = {}
             if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 last = self.args.hub_strategy == HubStrategy.CHECKPOINT
                 whole = checkpoint_contents(copy, repo_id, LAST_CHECKPOINT if last else final.name).files
-            with_card(copy, repo_id)
+            with_card(copy, repo_id, run)
             files = local_files(policy_contents(copy, repo_id).files | whole, staging / "texts")
             return self._job(files, repo_id, final, message, None, staging)
 
