@@ -274,7 +274,7 @@ def _json(file: Path, problems: list[str]) -> dict[str, Any] | None:
 
 def _config(root: Path, sources: Sequence[Path], problems: list[str]) -> tuple[dict[str, Any], str]:
     """The run's configuration; a trainer without a recipe has it in its checkpoints."""
-    for file in (root / CONFIG_NAME, *(source.parent / CONFIG_NAME for source in sources)):
+    for file in dict.fromkeys((root / CONFIG_NAME, *(source.parent / CONFIG_NAME for source in sources))):
         if not file.is_file():
             continue
         text = file.read_text(encoding="utf-8", errors="replace")

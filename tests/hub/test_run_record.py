@@ -49,7 +49,7 @@ def test_half_a_line_before_a_new_start_is_no_problem_and_elsewhere_it_is_named(
     record = read_run(folder)
     assert (record.problems, record.starts) == ([], 2)
     (folder / "metrics.jsonl").write_text(f'{{"step": 3\n{text}x\n{{"step": 30, "loss": 1.0}}\n')
-    assert read_run(folder).problems == ["Line 10 of metrics.jsonl cannot be read."]
+    assert read_run(folder).problems == ["Line 11 of metrics.jsonl cannot be read."]
 
 
 def test_a_trainers_folder_is_read_from_its_newest_readable_checkpoint(tmp_path):
