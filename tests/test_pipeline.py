@@ -47,7 +47,8 @@ def test_a_run_from_a_checkpoint_leaves_all_its_artefacts(small_pi0_folder, tmp_
     assert results["sft"]["n_episodes"] == results["rl"]["n_episodes"] == 2
     assert results["env_steps"] > 0
     for name in ("learning_curve.png", "before_after.mp4", "policy/model.safetensors", "policy/README.md",
-                 "policy/noise_network.safetensors", "pi_rl_config.yaml", "trainer_state.json"):  # fmt: skip
+                 "policy/noise_network.safetensors", "pi_rl_config.yaml", "trainer_state.json",
+                 "metrics.jsonl", "report.html"):  # fmt: skip
         assert (folder / name).stat().st_size > 0, name
     with pytest.raises(ValueError, match="holds a finished run"):
         recipe(tmp_path, "--model", str(small_pi0_folder))

@@ -23,7 +23,7 @@ PALIGEMMA_TYPES = ("pi0", "pi05")
 """Policy types whose published weights derive from PaliGemma."""
 OWN_TYPES = ("pi0_small", "pi05_small", "flow_mlp")
 """Policy types of this package, which start from random weights."""
-_PATH = re.compile(r"(?<![\w./:~-])(?:~|\.\.)?/(?:[\w.@+-]+/)+([\w.@+-]+)")
+_PATH = re.compile(r"(?<![\w./:~-])~?/(?:[\w.@+-]+/)+([\w.@+-]+)")
 
 
 def card_metadata(

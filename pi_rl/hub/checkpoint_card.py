@@ -135,6 +135,7 @@ def _finished(folder: Path, record: RunRecord, repo_id: str | None) -> Path:
     results, root = record.results, record.folder
     assert results is not None
     curve, film = root / "learning_curve.png", root / "before_after.mp4"
+    results.config.setdefault("eval_seed", record.config.get("eval_seed", "not recorded"))
     return write_model_card(
         folder,
         results,

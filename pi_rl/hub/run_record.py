@@ -201,10 +201,13 @@ def merged_history(entries: Iterable[Entry]) -> list[Entry]:
     An iteration that is written again removes everything of the lost part, which lies at its step or later.
     """
     kept: list[Entry] = []
+    highest = 0
     for entry in entries:
         step = entry.get("step", 0)
-        if "loss" in entry and kept and step <= kept[-1].get("step", 0):
+        if "loss" in entry and step <= highest:
             kept = [other for other in kept if other.get("step", 0) < step]
+            highest = 0
+        highest = max(highest, step)
         if "eval_success_rate" in entry:
             kept = [other for other in kept if not ("eval_success_rate" in other and other.get("step", 0) == step)]
         kept.append(entry)
@@ -267,7 +270,7 @@ def _json(file: Path, problems: list[str]) -> dict[str, Any] | None:
 
 def _config(root: Path, sources: Sequence[Path], problems: list[str]) -> tuple[dict[str, Any], str]:
     """The run's configuration; a trainer without a recipe has it in its checkpoints."""
-    for file in (root / CONFIG_NAME, *(source.parent / CONFIG_NAME for source in sources)):
+    for file in dict.fromkeys((root / CONFIG_NAME, *(source.parent / CONFIG_NAME for source in sources))):
         if not file.is_file():
             continue
         text = file.read_text(encoding="utf-8", errors="replace")
