@@ -23,7 +23,7 @@ README = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
 FILES = sorted(CONFIGS.rglob("*.yaml"))
 BASES = {"base", "pi0", "pi05", "maniskill"}
 SFT = [path for path in FILES if path.parent.name == "sft" and path.stem not in BASES]
-OURS = [path for path in FILES if path.stem.startswith(("quickstart", "small_"))]  # not the paper's
+OURS = [path for path in FILES if path.stem.startswith(("demo", "quickstart", "small_"))]  # not the paper's
 RL = [path for path in FILES if path.parent.name != "sft" and path.stem not in BASES and path not in OURS]
 PAPER = yaml.load((ROOT / "tests/data/paper_tables.yaml").read_text(encoding="utf-8"), Loader=ConfigLoader)
 REFERENCE = yaml.load((ROOT / "tests/data/reference_settings.yaml").read_text(encoding="utf-8"), Loader=ConfigLoader)

@@ -2,6 +2,7 @@
 
 import tempfile
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +150,11 @@ def _hand_over(callback: TrainerCallback, film: Film, name: str, step: int) -> N
 
 def _add_gif(writer: Any, film: Film, name: str, step: int) -> None:
     """An animated picture, which TensorBoard shows; its own add_video needs a package more, and writes the same."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
-
+    summary = import_module("tensorboard.compat.proto.summary_pb2").Summary
     with tempfile.TemporaryDirectory() as folder:
         content = write_gif(film.frames, Path(folder) / "film.gif", film.fps).read_bytes()
     height, width = film.frames.shape[1:3]
-    image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
-    writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=name, image=image)]), step)
+    image = summary.Image(height=height, width=width, colorspace=3, encoded_image_string=content)
+    writer.file_writer.add_summary(summary(value=[summary.Value(tag=name, image=image)]), step)
     writer.add_text(f"{name}/caption", film.caption, step)
     writer.flush()

@@ -175,7 +175,7 @@ def test_train_runs_a_recipe_and_refuses_to_repeat_it(algorithm, mlp_folder, tmp
         words = words[:critic] + words[critic + 2 :]
     assert main(["train", "--config", "mine.yaml", *words]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert (results["config"]["algorithm"], results["seed"]) == (algorithm, 5)
+    assert (results["config"]["algorithm"].lower(), results["seed"]) == (algorithm, 5)
     assert results["noise"] == {"ppo": "flow_noise", "grpo": "flow_sde"}[algorithm]
     card = (tmp_path / "run" / "policy" / "README.md").read_text()
     assert "pi-rl train --config mine.yaml" in card

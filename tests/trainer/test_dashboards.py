@@ -84,8 +84,9 @@ def test_tensorboard_has_metrics_settings_and_films(run):
     logged = [entry["policy/approx_kl"] for entry in run.trainer.state.log_history if "policy/approx_kl" in entry]
     assert [event.value for event in events.Scalars("train/policy/approx_kl")] == pytest.approx(logged)
     assert [event.step for event in events.Scalars("eval/success_rate")] == [0, ITERATIONS]  # before and after
-    (settings,) = events.Tensors("args/text_summary")
-    assert json.loads(settings.tensor_proto.string_val[0])["clip_range"] == run.trainer.args.clip_range
+    (settings,) = (event.tensor_proto.string_val[0] for event in events.Tensors("args/text_summary"))
+    assert json.loads(settings)["clip_range"] == run.trainer.args.clip_range
+    assert TOKEN.encode() not in settings
     films = events.Images("eval/video/1")
     assert [film.step for film in films] == [0, ITERATIONS]
     with Image.open(io.BytesIO(films[-1].encoded_image_string)) as gif:
