@@ -1,4 +1,4 @@
-"""The documentation site: it is built strictly, refers to nothing outside, and documents every public name and option."""
+"""The documentation site is built strictly, loads nothing from elsewhere, and has every public name and option."""
 
 import dataclasses
 import html
