@@ -13,6 +13,7 @@ import html
 import pkgutil
 import posixpath
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -106,7 +107,7 @@ def relink(markdown: str, page: str) -> str:
     return _outside_code(markdown, lambda text: _LINK.sub(moved, text))
 
 
-def _outside_code(markdown: str, change: Any) -> str:
+def _outside_code(markdown: str, change: Callable[[str], str]) -> str:
     """Applies a change to everything that is not code."""
     parts, end = [], 0
     for match in _TOKEN.finditer(markdown):
