@@ -278,9 +278,12 @@ class CheckpointedTrainer(ShardedTrainer):
         """Lets the first process write; what the disk refuses is raised on all of them."""
 
         def attempt() -> str | None:
+            existed = folder.exists()
             try:
                 write()
             except (OSError, SafetensorError) as error:
+                if not existed:
+                    shutil.rmtree(folder, ignore_errors=True)
                 return why_not_written(folder.name, folder.parent, error, checkpoint_bytes(self.actor_critic))
             return None
 
