@@ -166,6 +166,8 @@ def clean_up(root: Path) -> None:
         root: Output folder of the run.
     """
     staging = root / STAGING_NAME
+    for leftover in root.glob(".policy-????????"):  # as `save_policy` names what it writes beside the policy's folder
+        shutil.rmtree(leftover, ignore_errors=True)
     for folder in checkpoints(staging):
         if not (root / folder.name).exists() and _is_readable(folder):
             publish(folder, root)

@@ -171,9 +171,9 @@ class CheckpointedTrainer(ShardedTrainer):
         """How many checkpoints are on the disk at most, the one that is being written included."""
         if self.args.save_strategy == SaveStrategy.NO:
             return 1
-        steps = self.args.num_iterations * self.args.updates_per_iteration
-        every = self.args.save_steps if self.args.save_strategy == SaveStrategy.STEPS else 1
-        planned = int(steps // max(1, every))
+        updates = self.args.updates_per_iteration
+        every = self.args.save_steps if self.args.save_strategy == SaveStrategy.STEPS else updates
+        planned = int(self.args.num_iterations * updates // max(1, every))
         return min(planned, self.args.save_total_limit or planned) + 1
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -278,9 +278,12 @@ class CheckpointedTrainer(ShardedTrainer):
         """Lets the first process write; what the disk refuses is raised on all of them."""
 
         def attempt() -> str | None:
+            existed = folder.exists()
             try:
                 write()
             except (OSError, SafetensorError) as error:
+                if not existed:
+                    shutil.rmtree(folder, ignore_errors=True)
                 return why_not_written(folder.name, folder.parent, error, checkpoint_bytes(self.actor_critic))
             return None
 

@@ -145,14 +145,16 @@ class InterruptibleTrainer(FiniteTrainer):
         self._asked_first_evaluation = self.args.eval_on_start
         self._last_end = self._saved_step = None
         self._evaluation_due = False
-        with StopSignals(announce=self.args.process_index == 0) as self._signals:
+        announce = self.args.process_index == 0
+        with StopSignals(announce=announce) as signals, naming_lost_processes(self.args.ddp_timeout):
+            self._signals = signals
             try:
-                with naming_lost_processes(self.args.ddp_timeout):
-                    return super().train(resume_from_checkpoint, *args, **kwargs)
+                return super().train(resume_from_checkpoint, *args, **kwargs)
             except _Stop as stop:
-                self._signals.saving = True
+                signals.saving = True
                 self._end_after_saving(stop.signum)
             finally:
+                self._signals = None
                 self.args.eval_on_start = self._asked_first_evaluation
 
     def _end_after_saving(self, signum: int) -> NoReturn:

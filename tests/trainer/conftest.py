@@ -1,6 +1,7 @@
 """Runs of a small policy in a toy environment, also in processes of their own that can be killed."""
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -29,6 +30,7 @@ class ForkedRun:
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
+        logging.basicConfig(level=logging.WARNING, stream=sys.stderr, force=True)  # not into pytest's records
         os.environ.update(environment)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         code = 0

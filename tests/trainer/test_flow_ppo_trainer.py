@@ -136,7 +136,8 @@ def test_a_checkpoint_is_a_lerobot_policy_and_leaves_nothing_half_written(train,
     assert not (run / ".incomplete").exists()
     names = {file.name for file in (run / "checkpoint-12").iterdir()}
     assert {"config.json", "model.safetensors", "policy_preprocessor.json", "policy_postprocessor.json",
-            "critic.safetensors", "noise_network.safetensors", "rl_state.json", "optimizer.pt"} <= names  # fmt: skip
+            "critic.safetensors", "noise_network.safetensors", "rl_state.json",
+            "optimizer.safetensors"} <= names  # fmt: skip
     state = json.loads((run / "checkpoint-12" / "trainer_state.json").read_text())
     assert state["best_model_checkpoint"] == str(run / best)
     reloaded = FlowPPOTrainer(str(run / "checkpoint-12"), trainer.args, trainer.env)
@@ -201,6 +202,7 @@ def test_a_wrong_rollout_likelihood_is_refused(small_policy, metaworld_env, tmp_
         ({"logging_nan_inf_filter": True}, "NaN"),
         ({"num_train_epochs": 7}, "num_iterations"),
         ({"save_every_iterations": 0}, "save_every_iterations=0"),
+        ({"save_only_model": True}, "save_model"),
         ({"eval_episodes": 0, "eval_strategy": "epoch"}, "eval_strategy"),
     ],
 )

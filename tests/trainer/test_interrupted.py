@@ -59,6 +59,25 @@ def test_a_run_killed_while_it_saves_goes_on_from_the_checkpoint_before(toy_trai
     assert ("not written to the end" in capsys.readouterr().out) == (not complete)
 
 
+def test_a_policy_that_was_half_saved_by_a_killed_run_is_removed(toy_trainer, fork, tmp_path):
+    from pi_rl.policies import checkpoints as policy_folders
+
+    marker, root = tmp_path / "saving", tmp_path / "run"
+
+    def run():
+        trainer = toy_trainer()
+        policy_folders.flush_to_disk = lambda path: (marker.touch(), time.sleep(600))
+        trainer.save_model(str(root / "policy"))
+
+    killed = fork(run)
+    killed.wait_for(marker)
+    killed.kill(signal.SIGKILL)
+    killed.wait()
+    assert [path.name.startswith(".policy-") for path in root.iterdir()] == [True]
+    toy_trainer(num_iterations=1).train()
+    assert [path.name for path in root.iterdir()] == ["checkpoint-4"]
+
+
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_as_one_that_never_was(toy_trainer, fork, tmp_path, assert_same_end):
     """SIGKILL at random moments, most of them within a save: it saves after every iteration, and slowly."""
@@ -181,4 +200,4 @@ def test_the_best_checkpoint_is_kept_beside_the_newest(toy_trainer, tmp_path):
     trainer.train()
     kept = [path.name for path in checkpoints(tmp_path / "run")]
     assert len(kept) == 2
-    assert {f"checkpoint-{trainer.state.best_global_step}", "checkpoint-16"} <= {*kept, "checkpoint-16"}
+    assert {f"checkpoint-{trainer.state.best_global_step}", "checkpoint-16"} <= set(kept)

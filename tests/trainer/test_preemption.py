@@ -136,6 +136,7 @@ def test_ctrl_c_in_a_notebook_is_a_keyboard_interrupt_and_the_trainer_can_go_on(
         trainer.train()
     assert caught.value.checkpoint == tmp_path / "run" / "checkpoint-8"
     assert [signal.getsignal(signum) for signum in preemption.SIGNALS] == before
+    assert trainer.evaluate()["eval_n_episodes"] == 4
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 16
     assert [signal.getsignal(signum) for signum in preemption.SIGNALS] == before

@@ -152,7 +152,7 @@ def test_processes_without_a_common_disk_resume(policies, tmp_path, layout):
     """Only the first process's folder holds checkpoints; the others get what they need from it."""
     out = launch(layout, ["separate"], policies, tmp_path / layout)
     assert not (out / "computer1" / "run" / "checkpoint-2").exists()
-    assert (out / "computer0" / "run" / "checkpoint-2" / "rng_state_1.pth").is_file()
+    assert (out / "computer0" / "run" / "checkpoint-2" / "rng_state_1.json").is_file()
     for name in ("resumed-first", "resumed-last"):
         for rank in range(2):
             resumed, uninterrupted = weights(out, name, rank), weights(out, "uninterrupted")
