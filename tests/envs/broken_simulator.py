@@ -55,7 +55,7 @@ class CounterSim:
         if how == 7:
             raise ZeroDivisionError("the physics exploded")
         leave(how)
-        time.sleep(0.45 * (how == 2))
+        time.sleep(0.9 * (how == 2))
         while how == 6 and not os.path.exists(os.environ["COUNTER_GATE"]):
             time.sleep(0.001)
         self.steps += 1

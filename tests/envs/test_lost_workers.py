@@ -69,8 +69,8 @@ def test_what_the_worker_said_last_is_told(counters, caplog):  # noqa: F811
 
 
 def test_a_worker_that_goes_on_slowly_does_not_hang(counters):  # noqa: F811
-    """Two environments of one worker wait for 0.9 s each, in which no single call takes longer than the timeout."""
-    env = counters(2, 1, timeout=1.5)
+    """Two environments of one worker wait for 1.8 s each, in which no single call takes longer than the timeout."""
+    env = counters(2, 1, timeout=3)
     env.reset(ids(0, 0))
     result = env.step_chunk(chunk([(0.25, 2)] * 2, [(0.25, 2)] * 2))
     assert not result.failed.any()

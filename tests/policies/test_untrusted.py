@@ -322,7 +322,16 @@ def test_commands_and_recipes_end_with_the_message(mlp_folder, tmp_path, canary,
     printed = capsys.readouterr().err
     assert "is not registered by code of yours" in printed
     assert "Traceback" not in printed
-    size = ["--num_envs", "2", "--rollout_chunks", "4", "--per_device_train_batch_size", "8", "--use_cpu"]
+    size = [
+        "--num_envs",
+        "2",
+        "--rollout_chunks",
+        "4",
+        "--per_device_train_batch_size",
+        "8",
+        "--use_cpu",
+        "--no_video",
+    ]
     with pytest.raises(RecipeError, match="is not registered by code of yours"):  # exit code 2
         run_recipe("", None, "flow_sde", ["--model", str(folder), *words, str(tmp_path / "run"), *size])
     assert not canary.exists()
