@@ -70,7 +70,7 @@ def test_refusals_are_code_2_and_failures_code_1(hub_here, folder, capsys, monke
     ("words", "told"),
     [
         (["nowhere", "--repo", REPO], "no folder"),
-        ([".", "--repo", REPO], "no policy"),
+        (["empty", "--repo", REPO], "no policy"),
         (["policy", "--repo", "policy"], "user/name"),
         (["policy", "--repo", REPO, "--message", " "], "--message is empty"),
         (["policy", "--repo", REPO, "--token", "x"], "not an option"),
@@ -78,6 +78,7 @@ def test_refusals_are_code_2_and_failures_code_1(hub_here, folder, capsys, monke
     ],
 )
 def test_what_the_user_can_put_right_is_said_without_traceback(folder, monkeypatch, capsys, words, told):
+    (folder.parent / "empty").mkdir()
     monkeypatch.chdir(folder.parent)
     assert main(["push", *words]) == 2
     error = capsys.readouterr().err

@@ -1,5 +1,6 @@
 """Trainers that push while they train: what is on the Hub afterwards, and that no failure of the Hub stops them."""
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -82,7 +83,9 @@ def test_strategy_checkpoint_adds_the_whole_checkpoint(hub_here, train, tmp_path
     assert inside == {name for name in there if not name.endswith((".pt", ".pth", ".bin"))}
     assert json.loads(held["last-checkpoint/trainer_state.json"])["global_step"] == 2
     assert str(tmp_path).encode() not in held["last-checkpoint/trainer_state.json"]
-    assert hub_here.count("PUT") == len(hub_here.blobs)  # the policy is there twice, and was sent once
+    for name in ("model.safetensors", "critic.safetensors", "noise_network.safetensors"):
+        assert held[name] == held[f"last-checkpoint/{name}"]
+        assert hub_here.count("PUT", hashlib.sha256(held[name]).hexdigest()) == 1  # there twice, sent once
 
 
 @pytest.mark.slow
