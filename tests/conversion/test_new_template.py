@@ -44,6 +44,7 @@ def test_configuration_and_processors(policy_folders, tools, tmp_path, kind, in_
     apply_norm_stats(template.processors, stats)
     config, (preprocessor, postprocessor) = written(template, tmp_path / "new")
     assert config == PreTrainedConfig.from_pretrained(tmp_path / "new")
+    assert config.dtype == "bfloat16"
     assert (config.type, config.chunk_size, config.n_action_steps, config.max_action_dim) == (kind, 6, 5, tools.padded)
     assert tuple(config.image_features) == CAMERAS
     batch = preprocessor(raw_observation())
