@@ -8,13 +8,12 @@ from lerobot.configs import PreTrainedConfig
 
 from pi_rl.conversion.report import ADDED, CONVERTED, UNCHANGED, Key, Report, keys_of
 from pi_rl.conversion.to_lerobot import check_kind, model_tensors, shapes_in_file, template_like, write_streaming
-from pi_rl.policies.adapted_weights import AdaptedWeights, adapted_weights, read_lora_config
+from pi_rl.policies.adapted_weights import AdaptedWeights, adapted_weights, read_lora_config, same_weights
 from pi_rl.policies.checkpoints import (
     ADAPTER_FOLDER,
     deployment_config,
     policy_folder,
     policy_weights,
-    same_weights,
     write_policy_folder,
 )
 from pi_rl.policies.lora import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE, STORED_PREFIX, VLM_PREFIX

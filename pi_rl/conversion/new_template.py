@@ -18,6 +18,7 @@ TOKENIZER = "google/paligemma-3b-pt-224"
 _IMAGE_SIZE = 224
 _STATE_PROJECTION, _ACTION_PROJECTION = "model.state_proj.weight", "model.action_in_proj.weight"
 _ABSOLUTE = "gripper"
+_DTYPE = "bfloat16"  # openpi's; `deployment_config` makes it float32 for weights in that
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +98,7 @@ def new_template(kind: str, weights: StoredWeights, policy: NewPolicy) -> Templa
         "push_to_hub": False,
         **padded,
     }
-    config = make_policy_config(kind, **shared)
+    config = make_policy_config(kind, dtype=_DTYPE, **shared)
     # LeRobot's own factory knows one tokenizer, and π0.5's no prompt without the state
     prompt = {"state_in_prompt": policy.state_in_prompt is not False} if kind == "pi05" else {}
     stand_in = make_policy_config(

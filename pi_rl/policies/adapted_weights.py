@@ -13,16 +13,20 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftConfig
 from peft.utils.other import get_pattern_key
-from torch import Tensor
+from torch import Tensor, nn
 
 from pi_rl.policies.lora import (
     ADAPTER_CONFIG_FILE,
     ADAPTER_WEIGHTS_FILE,
     STORED_PREFIX,
+    VLM_PREFIX,
+    MergedState,
     merge,
+    read_adapter,
     unusual_fields,
 )
-from pi_rl.policies.weight_files import StoredTensor, StoredWeights, read_header, read_stored, some_of
+from pi_rl.policies.weight_files import StoredTensor, StoredWeights, read_header, read_stored, some_of, stored_weights
+from pi_rl.policies.weights import check_stored
 
 _A, _B = ".lora_A.weight", ".lora_B.weight"
 _NO_MATTER = ("modules_to_save", "lora_dropout", "bias")  # they leave no trace in the sums, or tensors of their own
@@ -133,3 +137,42 @@ def _fits(layer: str, stored: Mapping[str, StoredTensor], base: StoredWeights) -
     weight = base.tensors.get(f"{layer}.weight")
     a, b = stored[layer + _A].shape, stored[layer + _B].shape
     return weight is not None and len(a) == len(b) == 2 and weight.shape == (b[0], a[1]) and a[0] == b[1]
+
+
+def load_adapted_weights(policy: nn.Module, folder: Path, adapter: Path, live: Mapping[str, Tensor]) -> None:
+    """Loads a LoRA run's checkpoint into an adapted policy, in place; see `checkpoints.load_policy_weights`.
+
+    Args:
+        policy: LeRobot policy with adapters.
+        folder: Policy folder with merged weights.
+        adapter: Folder of its adapters.
+        live: The weights that the policy has.
+
+    Raises:
+        ValueError: If the VLM under the adapters is not the one that they were trained on; nothing is loaded then.
+    """
+    adapters = read_adapter(adapter, policy)
+    merged = MergedState(policy, {**live, **adapters})
+    stored = stored_weights(folder)
+    check_stored(stored, merged.shapes)
+    vlm = [name for name in stored.tensors if name.startswith(VLM_PREFIX)]
+    other = [
+        name
+        for name, tensor in stored.read(vlm)  # one at a time: merged layers of the whole model are 10 GB in float32
+        if not same_weights(tensor, merged[name].cpu(), rounded=name in merged.computed)
+    ]
+    if other:
+        raise ValueError(
+            f"The run of {folder} was started from another base policy: {len(other)} of {len(vlm)} VLM tensors, such "
+            f"as {other[0]}, are not this policy's with the folder's adapters merged. Pass the model that run was "
+            "given, or start anew from the folder with model=."
+        )
+    trained = dict(stored.read(name for name in stored.tensors if not name.startswith(VLM_PREFIX)))
+    policy.load_state_dict({**trained, **adapters}, strict=False)
+
+
+def same_weights(stored: Tensor, live: Tensor, *, rounded: bool) -> bool:
+    """Whether two tensors are equal; sums (`rounded`) may differ by a unit in the last place between processors."""
+    if stored.dtype != live.dtype:
+        return False
+    return torch.allclose(stored, live, rtol=2**-22, atol=1e-12) if rounded else torch.equal(stored, live)

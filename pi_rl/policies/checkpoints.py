@@ -27,9 +27,9 @@ from lerobot.processor import PolicyProcessorPipeline, TokenizerProcessorStep
 from torch import Tensor, nn
 
 from pi_rl.policies.actor_critic import FlowActorCritic
-from pi_rl.policies.adapted_weights import adapted_weights, read_lora_config
+from pi_rl.policies.adapted_weights import adapted_weights, load_adapted_weights, read_lora_config
 from pi_rl.policies.flow_policy import check_compatibility as check_compatibility
-from pi_rl.policies.lora import ADAPTER_CONFIG_FILE, VLM_PREFIX, MergedState, has_lora, read_adapter, save_adapter
+from pi_rl.policies.lora import ADAPTER_CONFIG_FILE, MergedState, has_lora, save_adapter
 from pi_rl.policies.untrusted import (
     TOKENIZER_FILES,
     check_policy_folder,
@@ -40,7 +40,6 @@ from pi_rl.policies.untrusted import (
 from pi_rl.policies.weight_files import INDEX_FILE, WEIGHTS_FILE, StoredWeights, shards_of, stored_weights
 from pi_rl.policies.weights import (
     build_with_weights,
-    check_stored,
     check_tensors,
     flush_to_disk,
     load_weights,
@@ -181,37 +180,10 @@ def load_policy_weights(
             "merged weights."
         )
     if live:
-        _load_adapted_weights(policy, folder, policy.state_dict() if state_dict is None else state_dict)
+        live_weights = policy.state_dict() if state_dict is None else state_dict
+        load_adapted_weights(policy, folder, folder / ADAPTER_FOLDER, live_weights)
     else:
         load_weights(policy, folder)
-
-
-def _load_adapted_weights(policy: PreTrainedPolicy, folder: Path, live: Mapping[str, Tensor]) -> None:
-    adapters = read_adapter(folder / ADAPTER_FOLDER, policy)
-    merged = MergedState(policy, {**live, **adapters})
-    stored = stored_weights(folder)
-    check_stored(stored, merged.shapes)
-    vlm = [name for name in stored.tensors if name.startswith(VLM_PREFIX)]
-    other = [
-        name
-        for name, tensor in stored.read(vlm)  # one at a time: merged layers of the whole model are 10 GB in float32
-        if not same_weights(tensor, merged[name].cpu(), rounded=name in merged.computed)
-    ]
-    if other:
-        raise ValueError(
-            f"The run of {folder} was started from another base policy: {len(other)} of {len(vlm)} VLM tensors, such "
-            f"as {other[0]}, are not this policy's with the folder's adapters merged. Pass the model that run was "
-            "given, or start anew from the folder with model=."
-        )
-    trained = dict(stored.read(name for name in stored.tensors if not name.startswith(VLM_PREFIX)))
-    policy.load_state_dict({**trained, **adapters}, strict=False)
-
-
-def same_weights(stored: Tensor, live: Tensor, *, rounded: bool) -> bool:
-    """Whether two tensors are equal; sums (`rounded`) may differ by a unit in the last place between processors."""
-    if stored.dtype != live.dtype:
-        return False
-    return torch.allclose(stored, live, rtol=2**-22, atol=1e-12) if rounded else torch.equal(stored, live)
 
 
 def save_policy(

@@ -4,6 +4,8 @@ import errno
 import json
 import math
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -451,3 +453,34 @@ def test_a_foreign_tensor_type_is_refused(capsys, policy_folders, tools, tmp_pat
     source.mkdir()
     save_file(tensors, source / WEIGHTS_FILE)
     assert "F8_E4M3" in refused(capsys, source, tmp_path / "new", "--to", "lerobot", "--like", folder)
+
+
+MEASURED = """
+import json, sys
+from pathlib import Path
+import pi_rl.conversion.new_template, pi_rl.conversion.to_openpi
+from pi_rl.cli.main import main
+
+def peak():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+before = peak()
+code = main(["convert", *sys.argv[1:]])
+print(json.dumps({"code": code, "growth": peak() - before}))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("to", ["lerobot", "openpi"])
+def test_the_model_is_never_in_memory(tools, tmp_path, to):
+    """About 200 MB in a fresh process: the highest resident set grows by a part of it, the largest tensor is 67 MB."""
+    sizes = {"vlm_width": 1024, "expert_width": 512, "mlp_dim": 4096, "depth": 8, "vocab_size": 32768}
+    folder = tools.write_policy("pi0", tmp_path / "p", dtype="bfloat16", **sizes)
+    size = (folder / WEIGHTS_FILE).stat().st_size
+    assert size > 200e6
+    command = [sys.executable, "-c", MEASURED, str(folder), str(tmp_path / "new"), "--to", to]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["code"] == 0
+    assert told["growth"] < 0.75 * size
