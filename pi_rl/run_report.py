@@ -12,8 +12,9 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pi_rl.__about__ import package_versions
 from pi_rl.arguments import CONFIG_NAME
 from pi_rl.envs.registry import parse_name
-from pi_rl.hub.run_record import BEGAN, METRICS_NAME, read_run
+from pi_rl.hub.run_record import BEGAN, METRICS_NAME, WARNING, read_run
 from pi_rl.progress import say
+from pi_rl.secrets import redacted
 
 if TYPE_CHECKING:
     from pi_rl.pipeline import _Run
@@ -62,6 +63,22 @@ class RunLog(TrainerCallback):
     ) -> None:
         """Renews the page, which is the last one of a run without evaluation."""
         write_run_page(self.folder)
+
+
+def note_warning(folder: str | Path, text: str) -> None:
+    """Notes a warning, such as a failed push, in a run's metrics, so that its page tells it.
+
+    Args:
+        folder: The run's output folder; one without ``metrics.jsonl`` is left alone.
+        text: One or two sentences; access tokens are replaced.
+    """
+    file = Path(folder) / METRICS_NAME
+    if not file.is_file():
+        return
+    try:
+        _append(file, json.dumps({WARNING: redacted(text)}) + "\n")
+    except OSError as error:
+        say(f"  {METRICS_NAME} lacks a line: {error}. The run goes on.")
 
 
 def write_run_page(folder: Path) -> None:

@@ -44,6 +44,8 @@ def missing_files(folder: Path) -> list[str]:
         "results.json",
         "pi_rl_config.yaml",
         "learning_curve.png",
+        "metrics.jsonl",
+        "report.html",
         "trainer_state.json",
         *(f"policy/{name}" for name in policy),
     ]

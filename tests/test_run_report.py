@@ -5,8 +5,10 @@ import json
 import pytest
 
 from pi_rl import FlowPPOConfig, FlowPPOTrainer
+from pi_rl.hub.report_notes import notes_of
 from pi_rl.hub.run_record import read_run
-from pi_rl.run_report import RunLog
+from pi_rl.run_report import RunLog, note_warning
+from tests.hub.runs import full_history, write_metrics, write_run
 
 ENV = "toy:point-mass"
 
@@ -74,3 +76,21 @@ def test_a_new_process_begins_a_new_line_after_half_a_one(train, tmp_path):
     train()
     record = read_run(tmp_path)
     assert (record.problems, record.starts, len(record.iterations)) == ([], 2, 2)
+
+
+def test_warnings_of_a_run_reach_its_page_without_tokens(tmp_path):
+    folder = write_run(tmp_path / "run")
+    token = "hf_" + "e5" * 17
+    note_warning(folder, f"A push failed with {token}.")
+    record = read_run(folder)
+    assert [note.text for note in notes_of(record) if note.level == "warning"] == ["A push failed with hf_***."]
+    assert token not in (folder / "metrics.jsonl").read_text()
+    assert len(record.iterations) == 6
+    note_warning(tmp_path, "This folder has no metrics.")
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_replaced_simulators_are_told(tmp_path):
+    folder = write_run(tmp_path / "run")
+    write_metrics(folder, [{**entry, "rollout/worker_restarts": 1.0} for entry in full_history(3) if "loss" in entry])
+    assert any("3 simulator process(es) died" in note.text for note in notes_of(read_run(folder)))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from pi_rl.hub.card import (
 )
 from pi_rl.hub.model_card import SIMULATION_LIMITS, SMALL_LIMITS, write_model_card
 from pi_rl.hub.results import format_success, short_name
-from pi_rl.hub.run_record import STATE_NAME, Entry, RunRecord, read_run, summary_of
+from pi_rl.hub.run_record import STATE_NAME, Entry, NoRecordError, RunRecord, read_run, summary_of
 from pi_rl.rollout.summary import EvalSummary
 
 RL_STATE_NAME = "rl_state.json"
@@ -76,7 +77,7 @@ def write_checkpoint_card(folder: Path, *, run_folder: Path | None = None, repo_
         The card.
 
     Raises:
-        ValueError: If it is no policy folder, or `run_folder` is no run's.
+        ValueError: If it is no policy folder, or its records are damaged.
     """
     target = Path(folder)
     config = policy_config(target)
@@ -122,12 +123,12 @@ def write_checkpoint_card(folder: Path, *, run_folder: Path | None = None, repo_
 
 
 def _record(folder: Path, run_folder: Path | None) -> RunRecord | None:
-    """The run that a folder belongs to; None where its records are not there."""
-    if run_folder is not None:
-        return read_run(run_folder)
-    for place in (folder.resolve().parent, folder):
-        if (place / CONFIG_NAME).is_file():
-            return read_run(place)
+    """The run that a folder belongs to; None where it has no records, as in the first iteration of a trainer."""
+    places = (folder.resolve().parent, folder) if run_folder is None else (run_folder,)
+    for place in places:
+        if (place / CONFIG_NAME).is_file() or (run_folder is not None and place.is_dir()):
+            with suppress(NoRecordError):
+                return read_run(place)
     return None
 
 

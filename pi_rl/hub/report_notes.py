@@ -31,8 +31,8 @@ def notes_of(record: RunRecord) -> list[Note]:
 
 
 def _state(record: RunRecord) -> Iterator[Note]:
-    for problem in record.problems:
-        yield Note(WARNING, problem)
+    for text in (*record.problems, *dict.fromkeys(record.warnings)):
+        yield Note(WARNING, text)
     if not record.complete:
         when = time.strftime("%Y-%m-%d %H:%M", time.localtime(record.written))
         done, planned = len(record.iterations), record.iterations_planned
@@ -67,6 +67,9 @@ def _breakdowns(record: RunRecord) -> Iterator[Note]:
             f"{record.lost_episodes} training episode(s) were lost because a simulator broke down; they were not "
             "trained on to their end. The run's log names environment, task, state and error of each.",
         )
+    restarts = int(sum(entry.get("rollout/worker_restarts") or 0 for entry in record.iterations))
+    if restarts:
+        yield Note(WARNING, f"{restarts} simulator process(es) died or hung and were replaced while the run went on.")
     odd = [entry for entry in record.iterations if not math.isfinite(entry["loss"])]
     if odd:
         yield Note(WARNING, f"The loss was not finite in {len(odd)} iteration(s); see the metrics' page of the docs.")

@@ -22,9 +22,13 @@ from pi_rl.rollout.summary import EvalSummary, TaskSummary
 from pi_rl.secrets import redacted
 
 STAGES_NAME, METRICS_NAME, STATE_NAME = "stages.json", "metrics.jsonl", "trainer_state.json"
-BEGAN = "began"
-"""Key of the line of ``metrics.jsonl`` with which a process begins: the time in ISO 8601."""
+BEGAN, WARNING = "began", "warning"
+"""Keys of lines of ``metrics.jsonl`` that are no log entries: when a process began, and what it warned of."""
 Entry = dict[str, Any]
+
+
+class NoRecordError(ValueError):
+    """A folder holds no record of a run."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +43,7 @@ class RunRecord:
         results: The measured result; None until the run has ended.
         minutes: Wall-clock minutes per stage.
         versions: Of packages, as noted by the run.
+        warnings: What the run noted by itself, such as failed pushes.
         starts: How often a process began or continued the run; 0 where it is not known.
         videos: Films, the one of before and after first.
         problems: Records that could not be read, one sentence each.
@@ -52,6 +57,7 @@ class RunRecord:
     results: RunResults | None
     minutes: dict[str, float]
     versions: dict[str, str]
+    warnings: list[str]
     starts: int
     videos: list[Path]
     problems: list[str] = field(default_factory=list)
@@ -137,17 +143,18 @@ def read_run(folder: str | Path) -> RunRecord:
         folder: Output folder of a recipe or of a trainer.
 
     Raises:
-        ValueError: It is no folder, or holds no record of a run.
+        ValueError: It is no folder, or, as `NoRecordError`, holds no record of a run.
     """
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder; give the output folder of a run.")
     problems: list[str] = []
-    history, starts, versions, files = _history(root, problems)
+    lines, files = _metrics(root, problems)
+    starts = [line for line in lines if BEGAN in line]
     found = [root / name for name in (CONFIG_NAME, RESULTS_NAME, STAGES_NAME) if (root / name).is_file()]
     if not files and not found:
         where = f" It lies in one: {root.parent}." if (root.parent / CONFIG_NAME).is_file() else ""
-        raise ValueError(
+        raise NoRecordError(
             f"{root} holds no record of a run ({CONFIG_NAME}, {METRICS_NAME}, {STATE_NAME} and {RESULTS_NAME} are "
             f"missing). Give the output folder of a recipe or trainer.{where}"
         )
@@ -158,11 +165,12 @@ def read_run(folder: str | Path) -> RunRecord:
         folder=root,
         config=config,
         config_text=text,
-        history=history,
+        history=merged_history(_numbers(line) for line in lines if not {BEGAN, WARNING} & set(line)),
         results=results,
         minutes=results.minutes if results else {str(name): float(value) for name, value in stages.items()},
-        versions=results.versions if results else versions,
-        starts=starts,
+        versions=results.versions if results else dict(starts[-1].get("versions", {})) if starts else {},
+        warnings=[redacted(str(line[WARNING])) for line in lines if WARNING in line],
+        starts=len(starts),
         videos=_videos(root),
         problems=problems,
         written=max(file.stat().st_mtime for file in [*files, *found]),
@@ -214,24 +222,17 @@ def merged_history(entries: Iterable[Entry]) -> list[Entry]:
     return sorted(kept, key=lambda entry: entry.get("step", 0))
 
 
-def _history(root: Path, problems: list[str]) -> tuple[list[Entry], int, dict[str, str], list[Path]]:
-    """Entries, number of starts, versions, and the files they come from."""
+def _metrics(root: Path, problems: list[str]) -> tuple[list[Entry], list[Path]]:
+    """The lines of ``metrics.jsonl``, or the log of the newest state that can be read, and the file they are from."""
     metrics = root / METRICS_NAME
     if metrics.is_file():
-        lines = _lines(metrics, problems)
-        starts = [line for line in lines if BEGAN in line]
-        history = merged_history(_numbers(line) for line in lines if BEGAN not in line)
-        return history, len(starts), dict(starts[-1].get("versions", {})) if starts else {}, [metrics]
+        return _lines(metrics, problems), [metrics]
     checkpoints = sorted(root.glob("checkpoint-*"), key=checkpoint_number, reverse=True)
     for file in (root / STATE_NAME, *(folder / STATE_NAME for folder in checkpoints)):
         state = _json(file, problems)
         if state is not None:
-            return merged_history(_entries(state)), 0, {}, [file]
-    return [], 0, {}, []
-
-
-def _entries(state: Mapping[str, Any]) -> list[Entry]:
-    return [_numbers(entry) for entry in state.get("log_history") or [] if isinstance(entry, dict)]
+            return [entry for entry in state.get("log_history") or [] if isinstance(entry, dict)], [file]
+    return [], []
 
 
 def _numbers(entry: Entry) -> Entry:

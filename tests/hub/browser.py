@@ -25,7 +25,7 @@ _PROBE = """<script>window.addEventListener("load", () => {
 });</script>"""
 # Chromium's own window is never narrower than 500 pixels; a frame is as narrow as it is told.
 _FRAME = """<!DOCTYPE html><iframe src="{source}" style="border:0;width:{width}px;height:900px"></iframe><script>
-addEventListener("message", event => { document.documentElement.dataset.probe = event.data; });</script>"""
+addEventListener("message", event => {{ document.documentElement.dataset.probe = event.data; }});</script>"""
 
 
 def browse(page: Path, *options: str, width: int = 1200, height: int = 900) -> tuple[str, str]:

@@ -112,9 +112,15 @@ def test_a_damaged_checkpoint_is_refused_and_no_card_appears(tmp_path, name, con
     assert not (folder / "README.md").exists()
 
 
-def test_what_is_no_policy_or_run_is_refused(tmp_path):
+def test_what_is_no_policy_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no config\.json"):
         write_checkpoint_card(tmp_path)
-    folder = checkpoint(tmp_path / "policy")
-    with pytest.raises(ValueError, match="holds no record of a run"):
-        write_checkpoint_card(folder, run_folder=tmp_path)
+
+
+def test_a_run_without_records_yet_leaves_the_checkpoints_own(tmp_path):
+    folder = checkpoint(tmp_path / "checkpoint-4", 4, 1)
+    text = write_checkpoint_card(folder, run_folder=tmp_path / "checkpoint-4" / "..").read_text()
+    assert "a checkpoint after iteration 1** of PPO" in text
+    copied = checkpoint(tmp_path / "elsewhere" / "copy", 4, 1)
+    (tmp_path / "new").mkdir()
+    assert "No evaluation yet" in write_checkpoint_card(copied, run_folder=tmp_path / "new").read_text()

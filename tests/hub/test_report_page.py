@@ -25,7 +25,6 @@ def page(make_results, tmp_path):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
 def test_the_page_is_no_wider_than_the_screen_and_logs_no_error(page, width):
     found = measure(page, width)
@@ -36,7 +35,6 @@ def test_the_page_is_no_wider_than_the_screen_and_logs_no_error(page, width):
     assert found["console"] == ""
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("width", [PHONE, DESKTOP])
 def test_a_picture_of_the_page_shows_its_curves(page, tmp_path, width):
     picture = tmp_path / "page.png"
@@ -48,7 +46,6 @@ def test_a_picture_of_the_page_shows_its_curves(page, tmp_path, width):
         assert (np.abs(pixels - colour).max(-1) < 12).sum() > 100
 
 
-@pytest.mark.slow
 def test_a_comparison_fits_a_phone(make_results, tmp_path):
     records = [
         read_run(
