@@ -69,7 +69,7 @@ class Progress:
         """Goes on with another stage, on the same line of the screen."""
         if (title, unit) != (self.title, self.unit):
             self.close()
-            self.title, self.unit = title, unit
+            self.title, self.unit, self._ended = title, unit, False
 
     def said_something(self) -> None:
         """Another line was printed, so that a log needs none for a while."""

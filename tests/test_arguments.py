@@ -12,7 +12,14 @@ import pytest
 import yaml
 
 from pi_rl.argument_values import ConfigLoader, convert_value
-from pi_rl.arguments import ArgumentsError, changed_settings, dump_config, launch_command, parse_recipe_arguments
+from pi_rl.arguments import (
+    ArgumentsError,
+    Program,
+    changed_settings,
+    dump_config,
+    launch_command,
+    parse_recipe_arguments,
+)
 
 
 class Storage(StrEnum):
@@ -329,6 +336,17 @@ def test_a_written_configuration_is_compared_line_by_line(tmp_path: Path) -> Non
         "learning_rate: 0.001",
         "learning_rate: 1.0",
     ]
+
+
+def test_a_command_of_pi_rl_is_launched_only_where_there_are_several_processes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    words = ["--config", "/home/me/quickstart.yaml", "--seed", "1"]
+    assert launch_command(Program("pi-rl train"), words) == "pi-rl train --config quickstart.yaml --seed 1"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = launch_command(Program("pi-rl train"), words)
+    assert command == "accelerate launch -m pi_rl train --config quickstart.yaml --seed 1"
 
 
 def test_a_shown_command_names_no_folder_of_this_machine() -> None:

@@ -20,7 +20,7 @@ RESULTS = {
 """Files of a finished run, and what they are."""
 _DESCRIPTION = """\
 A small π0 learns from camera pixels to press a handle in MetaWorld: scripted demonstrations, few-shot SFT, PPO. On two
-CPU cores this takes about four minutes, with --full about ten; no GPU, no download. The same command goes on with a
+CPU cores this takes a few minutes, with --full about ten; no GPU, no download. The same command goes on with a
 demo that was interrupted."""
 _EXAMPLES = (
     "pi-rl demo",

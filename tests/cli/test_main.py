@@ -213,3 +213,19 @@ def test_a_killed_run_goes_on_in_a_folder_that_was_moved(mlp_folder, tmp_path):
     history = json.loads((moved / "trainer_state.json").read_text())["log_history"]
     iterations = [entry["iteration"] for entry in history if "iteration" in entry]
     assert iterations == list(range(1, 61))
+
+
+@pytest.mark.slow  # three processes that load torch
+def test_two_processes_print_once(mlp_folder, tmp_path):
+    layout = Path(__file__).parents[2] / "recipes/accelerate/cpu_ddp.yaml"
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(layout)]
+    words = [*toy_words(mlp_folder, "run"), "--per_device_train_batch_size", "8", "--num_iterations", "2"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run(
+        [*launcher, "-m", "pi_rl", "train", *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    for once in ("2 process(es)", "iteration 1/2", "iteration 2/2", "Policy, card, curve and video"):
+        assert done.stdout.count(once) == 1, once
+    card = (tmp_path / "run" / "policy" / "README.md").read_text()
+    assert "accelerate launch -m pi_rl train" in card
