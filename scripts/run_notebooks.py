@@ -3,7 +3,7 @@
     python scripts/run_notebooks.py                        # all of notebooks/, in place
     python scripts/run_notebooks.py custom_env --output_dir outputs/notebooks
 
-A notebook whose code raises is not saved; the error is shown, and the exit code is 1.
+A notebook whose code raises, or that may not lie in the repository, is not saved: exit code 1, with the reason.
 """
 
 import argparse
@@ -73,10 +73,10 @@ def main(argv: list[str] | None = None) -> int:
         notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
         try:
             text = nbformat.writes(execute(notebook)) + "\n"
-        except CellExecutionError as error:
+            check(text, name)
+        except (CellExecutionError, ValueError) as error:
             print(f"{name}: {error}", file=sys.stderr)
             return 1
-        check(text, name)
         (arguments.output_dir / f"{name}.ipynb").write_text(text, encoding="utf-8")
         print(f"{name}: {len(text.encode()) / 1000:.0f} kB")
     return 0
