@@ -11,15 +11,24 @@ import sys
 from pathlib import Path
 
 import nbformat
-from jupyter_client.kernelspec import NATIVE_KERNEL_NAME
+from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from traitlets import default
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
 LIMIT = 300_000
 """Bytes that a saved notebook may have: it lies in the repository."""
+
+
+class OwnKernel(AsyncKernelManager):
+    """Starts a kernel of this interpreter, whichever kernels are installed."""
+
+    @default("kernel_spec_manager")
+    def _without_installed_kernels(self) -> KernelSpecManager:
+        return KernelSpecManager(kernel_dirs=[])
 
 
 def execute(notebook: nbformat.NotebookNode, timeout_s: int | None = None) -> nbformat.NotebookNode:
@@ -35,9 +44,13 @@ def execute(notebook: nbformat.NotebookNode, timeout_s: int | None = None) -> nb
     Raises:
         CellExecutionError: If a cell raises.
     """
-    # the native kernel is this interpreter's, whatever other kernels are installed
-    manager = AsyncKernelManager(kernel_name=NATIVE_KERNEL_NAME)
-    NotebookClient(notebook, timeout=timeout_s, km=manager, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    NotebookClient(
+        notebook,
+        timeout=timeout_s,
+        kernel_name=NATIVE_KERNEL_NAME,
+        kernel_manager_class=OwnKernel,
+        resources={"metadata": {"path": str(FOLDER)}},
+    ).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day
         if cell.cell_type == "code":
