@@ -3,7 +3,7 @@
     python scripts/run_notebooks.py                        # all of notebooks/, in place
     python scripts/run_notebooks.py custom_env --output_dir outputs/notebooks
 
-A notebook whose code raises is not saved; the error is shown, and the exit code is 1.
+A notebook whose code raises, or that may not lie in the repository, is not saved: exit code 1, with the reason.
 """
 
 import argparse
@@ -11,15 +11,24 @@ import sys
 from pathlib import Path
 
 import nbformat
-from jupyter_client.kernelspec import NATIVE_KERNEL_NAME
+from jupyter_client.kernelspec import NATIVE_KERNEL_NAME, KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
+from traitlets import default
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "notebooks"
 LIMIT = 300_000
 """Bytes that a saved notebook may have: it lies in the repository."""
+
+
+class OwnKernel(AsyncKernelManager):
+    """Starts a kernel of this interpreter, whichever kernels are installed."""
+
+    @default("kernel_spec_manager")
+    def _without_installed_kernels(self) -> KernelSpecManager:
+        return KernelSpecManager(kernel_dirs=[])
 
 
 def execute(notebook: nbformat.NotebookNode, timeout_s: int | None = None) -> nbformat.NotebookNode:
@@ -35,9 +44,13 @@ def execute(notebook: nbformat.NotebookNode, timeout_s: int | None = None) -> nb
     Raises:
         CellExecutionError: If a cell raises.
     """
-    # the native kernel is this interpreter's, whatever other kernels are installed
-    manager = AsyncKernelManager(kernel_name=NATIVE_KERNEL_NAME)
-    NotebookClient(notebook, timeout=timeout_s, km=manager, resources={"metadata": {"path": str(FOLDER)}}).execute()
+    NotebookClient(
+        notebook,
+        timeout=timeout_s,
+        kernel_name=NATIVE_KERNEL_NAME,
+        kernel_manager_class=OwnKernel,
+        resources={"metadata": {"path": str(FOLDER)}},
+    ).execute()
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of day
         if cell.cell_type == "code":
@@ -73,10 +86,10 @@ def main(argv: list[str] | None = None) -> int:
         notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
         try:
             text = nbformat.writes(execute(notebook)) + "\n"
-        except CellExecutionError as error:
+            check(text, name)
+        except (CellExecutionError, ValueError) as error:
             print(f"{name}: {error}", file=sys.stderr)
             return 1
-        check(text, name)
         (arguments.output_dir / f"{name}.ipynb").write_text(text, encoding="utf-8")
         print(f"{name}: {len(text.encode()) / 1000:.0f} kB")
     return 0

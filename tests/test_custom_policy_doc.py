@@ -37,7 +37,8 @@ rows, t = torch.tensor([3, 1]), torch.full((2,), 0.5)
 part = flow.encode_prefix({"observation.state": states[rows]})
 assert torch.equal(prefix.kv, flow.encode_prefix(batch).kv)
 torch.testing.assert_close(prefix.index(rows).kv, part.kv)
-torch.testing.assert_close(flow.velocity(prefix.index(rows), noise[rows], t)[0], flow.velocity(part, noise[rows], t)[0])
+of_part = flow.velocity(part, noise[rows], t)[0]
+torch.testing.assert_close(flow.velocity(prefix.index(rows), noise[rows], t)[0], of_part)
 
 velocity, tokens = flow.velocity(prefix, noise, torch.full((5,), 0.5))
 assert tokens.shape == (5, flow.chunk_size, flow.feature_dim)
@@ -88,6 +89,26 @@ def test_the_policy_learns_and_its_wrapper_keeps_the_contract(folder):
     assert after > before + 0.5
     assert (folder / "policy" / "model.safetensors").is_file()
     assert run(folder, CONTRACT) == "kept\n"
+
+
+SMALL = {"num_iterations": 1, "num_envs": 16, "per_device_train_batch_size": 80, "eval_episodes": 4}
+
+
+@pytest.mark.slow
+def test_it_takes_learned_noise_and_grpo_as_the_page_says(folder):
+    code = CODE["train.py"]
+    for option, value in SMALL.items():
+        code, count = re.subn(rf"\b{option}=\d+", f"{option}={value}", code)
+        assert count == 1, option
+    learned = code.replace('noise="flow_sde", noise_level=0.8', 'noise="flow_noise"')
+    grpo = (
+        re.sub(r"critic_\w+=[^ ]*, ", "", code)
+        .replace("FlowPPO", "FlowGRPO")
+        .replace("update_epochs=8", "update_epochs=1")
+    )
+    assert learned != code
+    for variant in (learned, grpo):
+        assert "evaluation: success" in run(folder, variant)
 
 
 def test_the_table_of_the_interface_names_every_member():

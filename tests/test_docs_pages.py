@@ -16,6 +16,8 @@ OPTIONS = {
     field.name for kind in (FlowPPOConfig, FlowGRPOConfig, RecipeArguments) for field in dataclasses.fields(kind)
 }
 OTHERS = {"config", "config_file", "help", "dry_run", "policy", "episodes", "videos", "device_memory_gb"} | {
+    "to",  # pi-rl convert's
+    "like",
     "pid",  # py-spy's
     "no-install-recommends",  # apt-get's
     "local-dir",  # hf's

@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import sys
 from pathlib import Path
 
 import nbformat
@@ -74,6 +75,16 @@ def test_a_cell_that_fails_ends_the_run_with_its_error_and_saves_nothing(runner,
     assert runner.main(["broken", "--output_dir", str(tmp_path)]) == 1
     assert "no such state" in capsys.readouterr().err
     assert (tmp_path / "broken.ipynb").read_bytes() == before
+
+
+def test_the_kernel_is_this_interpreter_whatever_is_installed(runner, monkeypatch, tmp_path):
+    folder = tmp_path / "kernels" / "python3"
+    folder.mkdir(parents=True)
+    (folder / "kernel.json").write_text('{"argv": ["/bin/false"], "display_name": "other", "language": "python"}')
+    monkeypatch.setenv("JUPYTER_PATH", str(tmp_path))
+    cell = nbformat.v4.new_code_cell("import sys; print(sys.executable)")
+    executed = runner.execute(nbformat.v4.new_notebook(cells=[cell]), timeout_s=300)
+    assert executed.cells[0].outputs[0].text.strip() == sys.executable
 
 
 def test_paths_of_the_machine_and_large_outputs_are_refused(runner):
