@@ -13,9 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from pi_rl.argument_values import ConfigLoader
+from pi_rl.argument_values import load_yaml
 from pi_rl.arguments import CONFIG_NAME
 from pi_rl.hub.results import RESULTS_NAME, RunResults, read_results
 from pi_rl.rollout.summary import EvalSummary, TaskSummary
@@ -276,8 +274,8 @@ def _config(root: Path, sources: Sequence[Path], problems: list[str]) -> tuple[d
             continue
         text = file.read_text(encoding="utf-8", errors="replace")
         try:
-            content = yaml.load(text, Loader=ConfigLoader)  # a SafeLoader
-        except yaml.YAMLError:
+            content = load_yaml(text)
+        except ValueError:
             content = None
         if isinstance(content, dict):
             return content, redacted(text)

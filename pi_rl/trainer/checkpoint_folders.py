@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import yaml
 from transformers.trainer import TRAINER_STATE_NAME
 
 from pi_rl.__about__ import __version__
+from pi_rl.argument_values import load_yaml
 from pi_rl.arguments import CONFIG_NAME
 from pi_rl.policies.checkpoints import CONFIG_FILE, POSTPROCESSOR_FILE, PREPROCESSOR_FILE
 from pi_rl.policies.weight_files import WEIGHTS_FILE, read_header, some_of
@@ -103,9 +103,9 @@ def _check_files(folder: Path) -> None:
         elif path.suffix == ".json":
             read_json(path)
     try:
-        yaml.safe_load((folder / CONFIG_NAME).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{folder / CONFIG_NAME} is not valid YAML: {' '.join(str(error).split())}") from error
+        load_yaml((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except ValueError as error:  # also text that is not UTF-8
+        raise CheckpointError(f"{folder / CONFIG_NAME} is not valid YAML: {error}") from error
 
 
 def checkpoints(root: Path) -> list[Path]:

@@ -91,6 +91,9 @@ class FlowConfig(TrainingArguments):
     env_workers: int | None = option(
         None, ROLLOUT, "simulator processes per process; default: its CPU cores, once for each pipeline stage"
     )
+    env_timeout_s: float = option(
+        300.0, ROLLOUT, "seconds that one call of a simulator may take before its process is replaced"
+    )
     pipeline_stages: int = option(
         1,
         ROLLOUT,
@@ -379,6 +382,7 @@ class FlowConfig(TrainingArguments):
                 self.eval_episodes > 0 or self.eval_strategy in ("no", IntervalStrategy.NO),
                 "no when eval_episodes is 0",
             ),
+            ("env_timeout_s", 0 < self.env_timeout_s < math.inf, "a number of seconds above 0"),
             ("save_only_model", not self.save_only_model, "false; save_model() writes the policy alone"),
             ("logging_nan_inf_filter", not self.logging_nan_inf_filter, "false (it would show a NaN loss as 0)"),
         ]

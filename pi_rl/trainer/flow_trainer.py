@@ -200,7 +200,7 @@ class FlowTrainer(InterruptibleTrainer, PushingTrainer):
         if isinstance(env, str):
             cores = max(1, available_cores() // self.args.world_size)
             workers = self.args.env_workers or cores * self.args.pipeline_stages
-            return make_env(env, local, min(workers, local), **self._env_options)
+            return make_env(env, local, min(workers, local), self.args.env_timeout_s, **self._env_options)
         if env.num_envs != local:
             raise ValueError(
                 f"The environment has {env.num_envs} slots, but num_envs={self.args.num_envs} over "
