@@ -17,7 +17,7 @@ endif
 PARALLEL ?= -n 2 --dist loadfile
 EVERYTHING := test,lint,docs,notebooks,libero,maniskill
 
-.PHONY: help quickstart test lint format types setup benchmarks clean
+.PHONY: help quickstart test lint format types docs setup benchmarks clean
 
 help: ## print this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -36,6 +36,10 @@ format: setup ## rewrite files to the format, apply safe fixes
 
 types: setup ## mypy on the package
 	@$(BIN)/mypy pi_rl
+
+docs: ## the documentation as a site, in site/
+	@scripts/setup.sh test,lint,docs
+	@$(BIN)/python -m mkdocs build --strict --quiet && echo "open site/index.html"
 
 setup: ## virtual environment, pinned packages, rendering libraries (done once)
 	@scripts/setup.sh

@@ -200,7 +200,7 @@ def test_a_recipe_ends_with_75_and_the_same_command_goes_on(mlp_folder, fork, tm
     told.wait_for(marker)
     told.kill(signal.SIGTERM)
     assert told.wait() == 75, told.output
-    assert "The same command goes on with the run: " in told.output
+    assert "Go on with the run: pi-rl train --resume " in told.output
     assert "Traceback" not in told.output
     again = fork(lambda: recipe_main("A test.", None, "flow_noise", words))
     assert again.wait() == 0, again.output
