@@ -39,7 +39,7 @@ types: setup ## mypy on the package
 
 docs: ## the documentation as a site, in site/
 	@scripts/setup.sh test,lint,docs
-	@$(BIN)/python -m mkdocs build --strict --quiet && echo "open site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet && echo "open site/index.html"
 
 setup: ## virtual environment, pinned packages, rendering libraries (done once)
 	@scripts/setup.sh

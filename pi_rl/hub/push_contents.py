@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pi_rl.arguments import CONFIG_NAME
+from pi_rl.hub.card import for_repository
 from pi_rl.hub.push import size_of
 from pi_rl.policies.checkpoints import (
     ADAPTER_FOLDER,
@@ -30,7 +31,6 @@ from pi_rl.secrets import redacted
 
 CARD_NAME = "README.md"
 POLICY_FOLDER = "policy"
-_LOCAL_PLACE = "path/to/this/folder"  # what a card of an unpublished policy says in its example
 _POLICY_FILES = (
     CARD_NAME,
     CONFIG_FILE,
@@ -242,7 +242,7 @@ def _publishable_file(source: Path | bytes, text: str | None, known: list[str], 
     original = source.read_text(encoding="utf-8")
     changed = without_machine(original if text is None else text, known)
     if source.name == CARD_NAME:
-        changed = changed.replace(_LOCAL_PLACE, repo_id)
+        changed = for_repository(changed, repo_id)
     return source if changed == original else changed.encode()
 
 

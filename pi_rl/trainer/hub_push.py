@@ -22,6 +22,7 @@ from pi_rl.hub.push_contents import (
 )
 from pi_rl.hub.push_process import PushJob, PushQueue, local_files, run_push
 from pi_rl.progress import say
+from pi_rl.run_report import note_warning
 from pi_rl.trainer.checkpointing import CheckpointedTrainer
 
 CREATE_LIMIT_S, FINISH_LIMIT_S = 60.0, 2 * 3600.0
@@ -227,7 +228,9 @@ class PushingTrainer(CheckpointedTrainer):
             if outcomes[-1].error is None
             else f"Everything is in {self.args.output_dir}. To push it: {outcomes[-1].command}",
         ]
-        _warn(" ".join(filter(None, parts)))
+        text = " ".join(filter(None, parts))
+        note_warning(self.args.output_dir, text)
+        _warn(text)
 
     def _wait_for_pushes(self) -> None:
         if self._queue is not None:
