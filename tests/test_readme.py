@@ -31,7 +31,7 @@ def test_named_make_targets_exist():
 
 def test_named_options_exist():
     launchers = {"config_file", "num_processes", "help"}
-    commands = {"device_memory_gb", "episodes", "local", "open", "policy", "private", "resume"}  # of pi-rl and hf
+    commands = {"device_memory_gb", "episodes", "local", "open", "policy", "private", "repo", "resume"}  # of pi-rl and hf
     for option in set(re.findall(r"--(\w+)", TEXT)) - launchers - commands:
         assert option in OPTIONS, option
 

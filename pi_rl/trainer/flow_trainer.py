@@ -66,7 +66,7 @@ class Estimates:
     metrics: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-class FlowTrainer(InterruptibleTrainer, PushingTrainer):
+class FlowTrainer(PushingTrainer, InterruptibleTrainer):
     """What reinforcement learning of flow-matching policies has in common; the base of PPO and GRPO.
 
     One Hugging Face epoch is one iteration: at its first tick the policy acts in every environment, the algorithm

@@ -270,7 +270,7 @@ class PushingTrainer(CheckpointedTrainer):
             )
 
     @contextmanager
-    def _push_staging(self) -> Iterator[Path]:
+    def _folder_to_push(self) -> Iterator[Path]:
         """A folder for what is pushed, on the file system of the run; it stays unless the block fails."""
         folder = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.args.output_dir))
         try:
@@ -282,7 +282,7 @@ class PushingTrainer(CheckpointedTrainer):
     def _checkpoint_job(self, folder: Path, final: Path, message: str) -> PushJob:
         """A push of a checkpoint from links to its files, because the run deletes old checkpoints."""
         repo_id = self._repo()
-        with self._push_staging() as staging:
+        with self._folder_to_push() as staging:
             copy = staging / final.name
             shutil.copytree(folder, copy, copy_function=_link)
             run = run_folder_of(Path(self.args.output_dir))
@@ -298,7 +298,7 @@ class PushingTrainer(CheckpointedTrainer):
 
     def _saved_job(self, folder: Path, message: str, revision: str | None) -> PushJob:
         repo_id = self._repo()
-        with self._push_staging() as staging:
+        with self._folder_to_push() as staging:
             with_card(folder, repo_id)
             files = local_files(policy_contents(folder, repo_id).files, staging / "texts")
             return self._job(files, repo_id, folder, message, revision, staging)
