@@ -10,10 +10,7 @@ from pi_rl.__about__ import __version__
 from pi_rl.cli.parser import UserError
 
 COMMANDS = {
-    "demo": (
-        "pi_rl.cli.demo",
-        "from nothing to a policy that improves, in minutes: the quick start at a reduced size",
-    ),
+    "demo": ("pi_rl.cli.demo", "from nothing to a policy that improves, in minutes: the quick start at a reduced size"),
     "train": ("pi_rl.cli.train", "reinforcement learning, from a recipe's YAML file"),
     "sft": ("pi_rl.cli.sft", "few-shot supervised fine-tuning, from a recipe's YAML file"),
     "eval": ("pi_rl.cli.eval", "success of a policy on fixed initial states: table, JSON, videos; resumable"),
