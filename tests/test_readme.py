@@ -31,7 +31,8 @@ def test_named_make_targets_exist():
 
 def test_named_options_exist():
     launchers = {"config_file", "num_processes", "help"}
-    commands = {"device_memory_gb", "episodes", "local", "open", "policy", "private", "repo", "resume"}  # of pi-rl and hf
+    # of other commands: pi-rl eval, plan, push, report and train, hf download
+    commands = {"device_memory_gb", "episodes", "local", "open", "policy", "private", "repo", "resume"}
     for option in set(re.findall(r"--(\w+)", TEXT)) - launchers - commands:
         assert option in OPTIONS, option
 

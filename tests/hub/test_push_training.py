@@ -3,9 +3,11 @@
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+from huggingface_hub import snapshot_download
 from transformers import TrainerCallback
 
 from pi_rl import FlowPPOConfig, FlowPPOTrainer, load_policy
@@ -41,10 +43,10 @@ def train(mlp_folder, tmp_path):
     """Trains two iterations on a toy, with pushes; gives the trainer, still open."""
     made = []
 
-    def run(model=mlp_folder, callbacks=None, **overrides):
+    def run(model=mlp_folder, callbacks=None, resume=None, **overrides):
         trainer = FlowPPOTrainer(model, config(tmp_path, **overrides), "toy:point-mass", callbacks=callbacks)
         made.append(trainer)
-        trainer.train()
+        trainer.train(resume_from_checkpoint=resume)
         return trainer
 
     yield run
@@ -195,3 +197,17 @@ def test_training_continues_from_the_hub(hub_here, train, mlp_folder):
     trainer = train(model=REPO, push_to_hub=False, num_iterations=1)
     assert trainer.state.global_step == 1
     assert Path(trainer._loaded.path).is_relative_to(os.environ["HF_HOME"])
+
+
+@pytest.mark.slow
+def test_a_run_continues_from_the_last_checkpoint_on_the_hub(hub_here, train, tmp_path):
+    """On another machine: nothing is left but the Hub."""
+    train(hub_strategy="checkpoint", hub_always_push=True)
+    run = tmp_path / "run"
+    weights = (run / "checkpoint-2" / "model.safetensors").read_bytes()
+    shutil.rmtree(run)
+    snapshot_download(REPO, allow_patterns=["last-checkpoint/*"], local_dir=run)
+    assert (run / "last-checkpoint" / "model.safetensors").read_bytes() == weights
+    trainer = train(resume=str(run / "last-checkpoint"), push_to_hub=False, num_iterations=3)
+    assert trainer.state.global_step == 3
+    assert [entry["iteration"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
