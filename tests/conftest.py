@@ -3,12 +3,15 @@
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from pi_rl.envs.renderer import choose_renderer
 
 # Before any test module imports torch, datasets or matplotlib, which read these once.
 _CACHE = Path(tempfile.mkdtemp(prefix="pi_rl_tests_"))
@@ -20,6 +23,9 @@ os.environ["HF_LEROBOT_HOME"] = str(_CACHE / "lerobot")
 os.environ["TRACKIO_DIR"] = str(_CACHE / "trackio")
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# MuJoCo reads it when it is imported, which any test may be the first to do
+os.environ["MUJOCO_GL"] = choose_renderer()
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it for what it runs in the background
 
 SEED = 0
 

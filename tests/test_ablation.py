@@ -407,6 +407,7 @@ def test_render_uses_what_is_there(tmp_path, capsys, monkeypatch):
     assert "| a = 0.2 | 3 |" in (tmp_path / "out" / "fig9.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_run_from_policy_to_row(small_pi0_folder, tmp_path):
     """A real run of one iteration, in this process, on an untrained policy."""
     size = Size(iterations=1, num_envs=4, eval_every=1, curve_episodes=2, final_episodes=3)

@@ -18,6 +18,7 @@ def script():
     return module
 
 
+@pytest.mark.slow
 def test_it_measures_with_and_without_pictures_and_writes_table_and_record(script, monkeypatch, tmp_path, capsys):
     arguments = ["--env", "metaworld:reach-v3", "--options", '{"image_size": 32, "fast_rendering": true}']
     arguments += ["--workers", "1", "--seconds", "0.02", "--repetitions", "1", "--output", str(tmp_path)]

@@ -69,11 +69,9 @@ class LiberoCase:
 
 
 @pytest.fixture(params=[MetaWorldCase, LiberoCase], ids=["metaworld", "libero"])
-def case(request, monkeypatch):
+def case(request):
     from pi_rl.envs import libero, metaworld
-    from pi_rl.envs.renderer import choose_renderer
 
-    monkeypatch.setenv("MUJOCO_GL", choose_renderer())
     return request.param(metaworld if request.param is MetaWorldCase else libero)
 
 

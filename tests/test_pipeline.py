@@ -38,6 +38,7 @@ def test_the_quick_start_parses(path, tmp_path):
     assert isinstance(yaml.safe_load(path.read_text()), dict)
 
 
+@pytest.mark.slow
 def test_a_run_from_a_checkpoint_leaves_all_its_artefacts(small_pi0_folder, tmp_path, capsys):
     folder = recipe(tmp_path, "--model", str(small_pi0_folder))
     printed = capsys.readouterr().out
@@ -100,6 +101,7 @@ def test_dry_run_needs_no_checkpoint_and_checks_the_arithmetic(tmp_path, capsys)
         recipe(tmp_path, "--dry_run", "--per_device_train_batch_size", "7")
 
 
+@pytest.mark.slow
 def test_an_output_folder_of_another_run_is_refused(small_pi0_folder, tmp_path):
     folder = recipe(tmp_path, "--model", str(small_pi0_folder))
     (folder / "results.json").unlink()
@@ -116,6 +118,7 @@ def test_an_output_folder_of_another_run_is_refused(small_pi0_folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ppo_flow_noise.py", "ppo_flow_sde.py"])
+@pytest.mark.slow
 def test_help_is_grouped_and_unknown_options_name_the_nearest(name):
     command = [sys.executable, str(ROOT / "recipes" / name)]
     text = subprocess.run([*command, "--help"], capture_output=True, text=True, check=True).stdout

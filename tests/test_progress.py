@@ -94,6 +94,7 @@ RUN = """
 """
 
 
+@pytest.mark.slow
 def test_a_terminal_shows_one_bar_that_leaves_nothing_but_the_lines():
     log = "import logging\nfrom pi_rl.progress import log_beside_progress\nlog_beside_progress()\n"
     written = in_terminal(f"{log}LOGS = {ITERATION!r}\n" + textwrap.dedent(RUN), columns=COLUMNS)

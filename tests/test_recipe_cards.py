@@ -69,7 +69,7 @@ def test_metadata_links_and_licence(path):
     card = ModelCard.load(path)
     assert (card.data.library_name, card.data.pipeline_tag) == ("lerobot", "robotics")
     assert card.data.eval_results is None  # no weights, so no result of them
-    small = path.stem.startswith(("small_", "quickstart"))
+    small = path.stem.startswith(("small_", "quickstart", "demo"))
     assert card.data.license == ("apache-2.0" if small else "gemma")
     for link in [part.split(")")[0] for part in card.text.split("](")[1:]]:
         assert link.startswith("https://") or (path.parent / link).exists(), link

@@ -28,6 +28,7 @@ def read(folder):
     return json.loads((folder / "eval.json").read_text())
 
 
+@pytest.mark.slow
 def test_films_show_what_was_evaluated(small_pi0_folder, tmp_path, capsys, monkeypatch):
     import av
 

@@ -11,10 +11,7 @@ TASKS = "handle-press-v3,drawer-open-v3"
 
 @pytest.fixture(scope="session")
 def metaworld():
-    """The simulator's module, with a renderer chosen before MuJoCo is imported in this process."""
-    from pi_rl.envs.renderer import choose_renderer
-
-    os.environ.setdefault("MUJOCO_GL", choose_renderer())
+    """The simulator's module, imported when it is needed."""
     from pi_rl.envs import metaworld
 
     return metaworld

@@ -16,12 +16,7 @@ SMALL = {"image_size": 32, "fast_rendering": True, "hide_arm": True}
 
 @pytest.fixture(scope="module")
 def libero():
-    """The simulator's module, with a renderer chosen before MuJoCo is imported in this process."""
-    import os
-
-    from pi_rl.envs.renderer import choose_renderer
-
-    os.environ.setdefault("MUJOCO_GL", choose_renderer())
+    """The simulator's module, imported when it is needed."""
     from pi_rl.envs import libero
 
     return libero

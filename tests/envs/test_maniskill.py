@@ -69,6 +69,7 @@ def rollout(sim, state_id, actions):
 
 
 @pytest.mark.parametrize("task", [PICK, PUSH])
+@pytest.mark.slow
 def test_reset_does_not_depend_on_history(simulators, task):
     sim = simulators(task)
     recorded = {}

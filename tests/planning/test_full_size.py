@@ -33,6 +33,7 @@ def plan():
     return make_plan(words, Question("ppo", Machine(24 * GB, 128 * GB, 0.0), language_tokens=48))
 
 
+@pytest.mark.slow
 def test_parameters_are_those_of_the_published_models(plan):
     parameters = {name: part.parameters for name, part in plan.phases.weights.items()}
     attention = 2 * WIDTH * HEADS * HEAD + 2 * WIDTH * HEAD  # q and o, k and v with one head
@@ -43,6 +44,7 @@ def test_parameters_are_those_of_the_published_models(plan):
     assert plan.phases.parked == 4 * 257_152 * (EXPERT_WIDTH + WIDTH)  # the two unused heads, as they were saved
 
 
+@pytest.mark.slow
 def test_a_prefix_token_takes_18_kilobytes(plan):
     tokens = 2 * IMAGE_TOKENS + 48
     kv = LAYERS * 2 * HEAD * 2 * tokens
@@ -51,6 +53,7 @@ def test_a_prefix_token_takes_18_kilobytes(plan):
     assert plan.phases.prefix_row == kv + tokens + state  # no pooled output for V_expert
 
 
+@pytest.mark.slow
 def test_flops_agree_with_the_counts_of_the_architecture(plan):
     counted, tokens = plan.phases, 2 * IMAGE_TOKENS + 48
     layer = 2 * tokens * (2 * WIDTH * HEADS * HEAD + 2 * WIDTH * HEAD + 3 * WIDTH * MLP) + 4 * tokens**2 * HEADS * HEAD
@@ -68,6 +71,7 @@ def test_flops_agree_with_the_counts_of_the_architecture(plan):
     assert true_backward == pytest.approx(2 * counted.forward.flops, rel=0.1)
 
 
+@pytest.mark.slow
 def test_training_the_expert_fits_a_card_of_24_gigabytes(plan):
     assert plan.memory.fits
     assert plan.memory.device.reserved < 22 * GB

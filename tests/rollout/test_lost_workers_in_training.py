@@ -62,6 +62,7 @@ def test_an_iteration_goes_on_without_the_samples_of_a_killed_worker(trainer, mo
     assert expected.statistics.failed == expected.statistics.restarts == 0
 
 
+@pytest.mark.slow
 def test_training_and_evaluation_go_on(trainer, monkeypatch, caplog):
     broken = trainer()
     before = broken.evaluation_results()
@@ -79,6 +80,7 @@ def test_training_and_evaluation_go_on(trainer, monkeypatch, caplog):
     assert "killed by signal 9" in caplog.text
 
 
+@pytest.mark.slow
 def test_demonstrations_go_on(metaworld_env):
     env = metaworld_env(num_workers=2)
     requests = [{"task": "handle-press-v3", "state_id": state, "max_steps": 70} for state in range(6)]

@@ -126,6 +126,7 @@ def test_without_auto_reset_an_environment_runs_one_episode(actor_critic, small_
     assert rollout.statistics.per_task[:, 0].sum() == 4
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_depend_on_workers_history_or_training(actor_critic, small_policy, metaworld_env):
     loaded = small_policy()
     ids = evaluation_ids(metaworld_env(num_envs=1).spec, 7)

@@ -74,6 +74,7 @@ def frames_of(path):
         return [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
 
 
+@pytest.mark.slow
 def test_tensorboard_has_metrics_settings_and_films(run):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -95,6 +96,7 @@ def test_tensorboard_has_metrics_settings_and_films(run):
     assert run.written == {"run", "wandb"}  # nothing in the working folder, where Transformers would begin
 
 
+@pytest.mark.slow
 def test_films_show_the_evaluated_episodes(run):
     trainer, folder = run.trainer, run.folder / "run" / "videos"
     files = {path.name for path in folder.iterdir()}
@@ -110,6 +112,7 @@ def test_films_show_the_evaluated_episodes(run):
         assert (frames[0].astype(int) - frames[-1]).std() > 1  # the arm moves
 
 
+@pytest.mark.slow
 def test_filming_and_reporting_leave_training_as_it_is(run, small_pi0_folder, tmp_path):
     plain = train(small_pi0_folder, tmp_path / "plain")
     for name, value in plain.actor_critic.named_parameters():
@@ -117,6 +120,7 @@ def test_filming_and_reporting_leave_training_as_it_is(run, small_pi0_folder, tm
     assert not (tmp_path / "plain" / "videos").exists()
 
 
+@pytest.mark.slow
 def test_wandb_keeps_an_offline_record(run):
     (file,) = (run.folder / "wandb").glob("offline-run-*/run-*.wandb")
     history, config = read_wandb(file)
@@ -160,6 +164,7 @@ def unnested(items):
     return found
 
 
+@pytest.mark.slow
 def test_trackio_keeps_one_local_record(run):
     from trackio import Api
     from trackio.sqlite_storage import SQLiteStorage

@@ -72,6 +72,7 @@ def test_the_saved_policy_is_merged_and_acts_the_same(train, tmp_path):
     torch.testing.assert_close(merged, live, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_resume_is_bitwise(train, tmp_path):
     straight = train("straight")
     stopped = train("stopped", save_every_iterations=1, callbacks=[StopAfterFirst()])

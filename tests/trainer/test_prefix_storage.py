@@ -80,6 +80,7 @@ def test_auto_without_room_encodes_again_and_trains(train, monkeypatch):
     assert run.state.global_step == 8
 
 
+@pytest.mark.slow
 def test_a_bfloat16_vlm_that_encodes_again_stays_close(train):
     """docs/method.md gives the tolerance: a batch of another size rounds keys and values differently."""
 

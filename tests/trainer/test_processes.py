@@ -50,6 +50,7 @@ def exchange(rank, store, folder):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     for rank in range(2):
         folder = tmp_path / f"computer{rank}" / "run"

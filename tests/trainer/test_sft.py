@@ -49,6 +49,7 @@ def finetuned(dataset_root, small_pi0_folder, tmp_path_factory):
     return output, reports
 
 
+@pytest.mark.slow
 def test_finetuned_folder_loads_and_acts(finetuned, dataset):
     from pi_rl.policies.checkpoints import load_policy
 
@@ -66,6 +67,7 @@ def test_finetuned_folder_loads_and_acts(finetuned, dataset):
     assert torch.isfinite(action).all()
 
 
+@pytest.mark.slow
 def test_weights_moved_from_the_start_policy(finetuned, small_pi0_folder):
     before, after = (load_file(folder / "model.safetensors") for folder in (small_pi0_folder, finetuned[0]))
     assert set(before) == set(after)
@@ -73,6 +75,7 @@ def test_weights_moved_from_the_start_policy(finetuned, small_pi0_folder):
     assert 1e-6 < change < 0.1
 
 
+@pytest.mark.slow
 def test_statistics_of_the_dataset_are_in_the_processors(finetuned, dataset):
     from pi_rl.policies.checkpoints import load_policy
 
@@ -82,6 +85,7 @@ def test_statistics_of_the_dataset_are_in_the_processors(finetuned, dataset):
     torch.testing.assert_close(restored[0, 0], expected)
 
 
+@pytest.mark.slow
 def test_folder_carries_its_tokenizer_and_no_foreign_paths(finetuned, dataset_root, small_pi0_folder):
     output = finetuned[0]
     assert (output / "tokenizer.json").read_bytes() == (small_pi0_folder / "tokenizer.json").read_bytes()
@@ -92,6 +96,7 @@ def test_folder_carries_its_tokenizer_and_no_foreign_paths(finetuned, dataset_ro
     assert [path.name for path in output.parent.iterdir()] == ["policy"]
 
 
+@pytest.mark.slow
 def test_every_run_reports_its_last_step(finetuned):
     step, steps, text = finetuned[1][-1]
     assert (step, steps) == (3, 3)

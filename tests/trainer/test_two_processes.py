@@ -89,11 +89,13 @@ def runs(small_pi0_folder, mlp_folder, run_folder):
     return {count: launch(count, script, [small_pi0_folder, mlp_folder], run_folder / str(count)) for count in (1, 2)}
 
 
+@pytest.mark.slow
 def test_both_ranks_end_with_identical_parameters(runs):
     first, second = runs[2]
     assert first["parameters"] == second["parameters"]
 
 
+@pytest.mark.slow
 def test_the_environments_are_shared_out(runs):
     """Environments are numbered over all processes: two processes act as one does, each for its half."""
     alone, (first, second) = runs[1][0], runs[2]
@@ -104,6 +106,7 @@ def test_the_environments_are_shared_out(runs):
     )
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_learns(runs, run_folder):
     one, two = (load_file(run_folder / str(processes) / "rank0.safetensors") for processes in (1, 2))
     for name, value in one.items():
@@ -115,6 +118,7 @@ def test_two_processes_learn_what_one_learns(runs, run_folder):
         assert runs[2][0]["history"][0][name] == pytest.approx(value, rel=2e-3, abs=2e-4), name
 
 
+@pytest.mark.slow
 def test_evaluation_covers_every_state_once_over_the_processes(runs):
     assert runs[2][0]["lengths"] == runs[2][1]["lengths"]
     assert len(runs[2][0]["lengths"]) == 4
@@ -122,6 +126,7 @@ def test_evaluation_covers_every_state_once_over_the_processes(runs):
 
 
 @pytest.mark.parametrize("name", ["two_layer", "grpo"])
+@pytest.mark.slow
 def test_other_algorithms_learn_with_two_processes_what_they_learn_with_one(runs, run_folder, name):
     one = load_file(run_folder / "1" / f"{name}-rank0.safetensors")
     first, second = (load_file(run_folder / "2" / f"{name}-rank{rank}.safetensors") for rank in range(2))
