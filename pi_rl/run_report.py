@@ -2,7 +2,9 @@
 
 import json
 import os
+import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,12 +14,16 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from pi_rl.__about__ import package_versions
 from pi_rl.arguments import CONFIG_NAME
 from pi_rl.envs.registry import parse_name
+from pi_rl.hub.results import RESULTS_NAME
 from pi_rl.hub.run_record import BEGAN, METRICS_NAME, WARNING, read_run
 from pi_rl.progress import say
 from pi_rl.secrets import redacted
 
 if TYPE_CHECKING:
+    from pi_rl.hub.results import RunResults
     from pi_rl.pipeline import _Run
+
+CURVE_NAME, FILM_NAME = "learning_curve.png", "before_after.mp4"
 
 
 class RunLog(TrainerCallback):
@@ -94,6 +100,8 @@ def write_run_page(folder: Path) -> None:
 def report_results(run: "_Run", trainer: Any, policy_path: str | Path, before: Any, after: Any) -> None:
     """Table, results.json, learning curve, film, model card and page of a run that has ended.
 
+    The result is written first; a picture, film, card or page that cannot be made is told and costs nothing else.
+
     Args:
         run: The recipe's run.
         trainer: Its trainer, after training.
@@ -101,16 +109,14 @@ def report_results(run: "_Run", trainer: Any, policy_path: str | Path, before: A
         before: Evaluation of that policy.
         after: Evaluation of the trained one on the same states.
     """
-    from pi_rl.hub.film import film_before_after
-    from pi_rl.hub.plots import plot_learning_curve
-    from pi_rl.hub.results import RunResults, results_table, short_name, write_results
+    from pi_rl.hub.results import RunResults, results_table, write_results
 
     folder, rl, recipe = run.folder, run.rl, run.recipe
     results = RunResults(
         sft=before.summary(),
         rl=after.summary(),
         env_steps=trainer.env_steps,
-        minutes={},
+        minutes=run.minutes_of_all(),
         seed=rl.seed,
         noise=rl.noise,
         blind=recipe.blind,
@@ -124,23 +130,48 @@ def report_results(run: "_Run", trainer: Any, policy_path: str | Path, before: A
             "eval_seed": rl.eval_seed,
         },
     )
+    write_results(folder, results)
+    _attempt(folder, "The learning curve", lambda: _plot(run, trainer, results))
+    if recipe.video:
+        _attempt(folder, "The film", lambda: _film(run, trainer, policy_path, before, after))
+    results.minutes = run.minutes_of_all()
+    _attempt(folder, "The time of the film in results.json", lambda: write_results(folder, results))
+    _attempt(folder, "The model card", lambda: _write_card(run, results))
+    trainer_state = str(folder / "trainer_state.json")
+    _attempt(folder, "trainer_state.json", lambda: trainer.state.save_to_json(trainer_state))
+    _attempt(folder, "report.html", lambda: write_run_page(folder))
+    say("\n" + results_table(results))
+    say(f"\nPolicy, card, curve and video: {folder}\nReport: {folder / 'report.html'}")
+
+
+def _attempt(folder: Path, what: str, make: Callable[[], object]) -> None:
+    """Makes something of a run whose result is on the disk already; a failure is told, here and on the run's page."""
+    try:
+        make()
+    except Exception as error:  # a renderer, a codec, memory of a device or the disk: nothing is worth the result
+        text = f"{what} could not be made: {type(error).__name__}: {' '.join(str(error).split())}"
+        print(f"\nwarning: {redacted(text)} The result is in {folder / RESULTS_NAME}.", file=sys.stderr, flush=True)
+        note_warning(folder, text)
+
+
+def _plot(run: "_Run", trainer: Any, results: "RunResults") -> None:
+    from pi_rl.hub.plots import plot_learning_curve
+    from pi_rl.hub.results import short_name
+
     plot_learning_curve(
         trainer.state.log_history,
-        folder / "learning_curve.png",
-        title=f"{short_name(recipe.env)}, {rl.noise}, seed {rl.seed}",
+        run.folder / CURVE_NAME,
+        title=f"{short_name(run.recipe.env)}, {run.rl.noise}, seed {run.rl.seed}",
         sft_baseline=results.sft,
         final=results.rl,
     )
-    if recipe.video:
-        with run.stage("video", "   Filming the same initial state before and after"):
-            film_before_after(trainer, policy_path, folder / "policy", before, after, folder / "before_after.mp4")
-    results.minutes = run.minutes_of_all()
-    _write_card(run, results)
-    trainer.state.save_to_json(str(folder / "trainer_state.json"))
-    write_results(folder, results)
-    write_run_page(folder)
-    say("\n" + results_table(results))
-    say(f"\nPolicy, card, curve and video: {folder}\nReport: {folder / 'report.html'}")
+
+
+def _film(run: "_Run", trainer: Any, policy_path: str | Path, before: Any, after: Any) -> None:
+    from pi_rl.hub.film import film_before_after
+
+    with run.stage("video", "   Filming the same initial state before and after"):
+        film_before_after(trainer, policy_path, run.folder / "policy", before, after, run.folder / FILM_NAME)
 
 
 def model_name(model: str | None) -> str | None:
@@ -148,10 +179,11 @@ def model_name(model: str | None) -> str | None:
     return Path(model).name if model is not None and Path(model).is_dir() else model
 
 
-def _write_card(run: "_Run", results: Any) -> None:
+def _write_card(run: "_Run", results: "RunResults") -> None:
     from pi_rl.hub.model_card import write_model_card
 
     folder, recipe = run.folder, run.recipe
+    curve, film = folder / CURVE_NAME, folder / FILM_NAME
     write_model_card(
         folder / "policy",
         results,
@@ -160,8 +192,8 @@ def _write_card(run: "_Run", results: Any) -> None:
         license=recipe.model_license,
         reproduce_command=run.command,
         configuration=(folder / CONFIG_NAME).read_text(encoding="utf-8"),
-        learning_curve=folder / "learning_curve.png",
-        video=folder / "before_after.mp4" if recipe.video else None,
+        learning_curve=curve if curve.is_file() else None,
+        video=film if recipe.video and film.is_file() else None,
         repo_id=run.rl.hub_model_id if run.rl.push_to_hub else None,
     )
 

@@ -1,5 +1,6 @@
 """What all model cards share: metadata, licence, template, and writing one as a whole and checked."""
 
+import hashlib
 import json
 import os
 import re
@@ -23,6 +24,7 @@ PALIGEMMA_TYPES = ("pi0", "pi05")
 """Policy types whose published weights derive from PaliGemma."""
 OWN_TYPES = ("pi0_small", "pi05_small", "flow_mlp")
 """Policy types of this package, which start from random weights."""
+_MARK = re.compile(r"<!-- written by pi_rl: ([0-9a-f]{16}) -->\n\Z")
 _PATH = re.compile(r"(?<![\w./:~-])~?/(?:[\w.@+-]+/)+([\w.@+-]+)")
 
 
@@ -200,6 +202,23 @@ def check_card(path: Path, metadata: Any) -> None:
     if written != meant:
         wrong = [key for key in {**written, **meant} if written.get(key) != meant.get(key)]
         raise ValueError(f"The card's metadata does not survive reloading ({', '.join(wrong)}); a name breaks it.")
+
+
+def mark_written(card: Path) -> None:
+    """Notes in a card, where readers do not see it, what was written, so that a change by somebody else shows."""
+    text = _MARK.sub("", card.read_text(encoding="utf-8"))
+    card.write_text(f"{text}<!-- written by pi_rl: {_digest(text)} -->\n", encoding="utf-8")
+
+
+def is_unchanged(card: Path) -> bool:
+    """Whether a card is as `mark_written` left it."""
+    text = card.read_text(encoding="utf-8")
+    mark = _MARK.search(text)
+    return mark is not None and mark[1] == _digest(text[: mark.start()])
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def public(text: str) -> str:

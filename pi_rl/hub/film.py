@@ -1,10 +1,10 @@
 """The film of a run: one initial state before and after reinforcement learning."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from accelerate.utils.memory import clear_device_cache
 
 from pi_rl.hub.videos import side_by_side, write_video
 from pi_rl.policies.actor_critic import FlowActorCritic
@@ -49,12 +49,10 @@ def film_before_after(
     """
     turned = np.flatnonzero(~before.success & after.success)
     reset_id = before.reset_ids[turned[0] if len(turned) else 0]
-    args, spec = trainer.args, trainer.env.spec
+    spec = trainer.env.spec
     every, slower = film_timing(spec.fps)
-    clips = [
-        record_episode(model, trainer.env, trainer.io, reset_id, seed=args.eval_seed, every=every)
-        for model in _before_and_after(trainer, sft_path, trained_path)
-    ]
+    sources = (sft_path, trained_path if is_sharded(trainer.actor_critic) else None)
+    clips = [_clip(trainer, source, reset_id, every) for source in sources]
     (first, first_success), (second, second_success) = clips
     frames = side_by_side(
         first,
@@ -67,10 +65,14 @@ def film_before_after(
     return write_video(frames, path, fps=spec.fps / every / slower)
 
 
-def _before_and_after(trainer: Any, sft_path: str | Path, trained_path: str | Path) -> Iterator[Any]:
-    """One model after the other; the trainer's own only where this process has all of it."""
-    yield _load(trainer, sft_path)
-    yield _load(trainer, trained_path) if is_sharded(trainer.actor_critic) else trainer.actor_critic
+def _clip(trainer: Any, source: str | Path | None, reset_id: np.ndarray, every: int) -> tuple[np.ndarray, bool]:
+    """One episode of a policy folder, or of the trainer's own model; what was loaded for it is freed."""
+    model = trainer.actor_critic if source is None else _load(trainer, source)
+    try:
+        return record_episode(model, trainer.env, trainer.io, reset_id, seed=trainer.args.eval_seed, every=every)
+    finally:
+        del model
+        clear_device_cache(garbage_collection=True)
 
 
 def _load(trainer: Any, path: str | Path) -> FlowActorCritic:

@@ -9,12 +9,14 @@ import json
 import re
 import shutil
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from pi_rl.arguments import CONFIG_NAME
-from pi_rl.hub.card import for_repository
+from pi_rl.hub.card import for_repository, is_hub_id, is_unchanged, mark_written
 from pi_rl.hub.push import size_of
+from pi_rl.hub.run_record import Entry, run_folder_of
 from pi_rl.policies.checkpoints import (
     ADAPTER_FOLDER,
     CONFIG_FILE,
@@ -25,6 +27,8 @@ from pi_rl.policies.checkpoints import (
     has_tokenizer_files,
     set_tokenizer_name,
 )
+from pi_rl.policies.lora import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
+from pi_rl.policies.untrusted import read_json
 from pi_rl.policies.weight_files import INDEX_FILE
 from pi_rl.policies.wrap import supported_config_types
 from pi_rl.secrets import redacted
@@ -36,6 +40,8 @@ _POLICY_FILES = (
     CONFIG_FILE,
     "model*.safetensors",
     INDEX_FILE,
+    ADAPTER_CONFIG_FILE,
+    ADAPTER_WEIGHTS_FILE,
     "policy_preprocessor*",
     "policy_postprocessor*",
     CRITIC_FILE,
@@ -55,6 +61,8 @@ _SUBFOLDERS = {ADAPTER_FOLDER: ("*.safetensors", "*.json", "README.md"), "videos
 _SUFFIXES = (".safetensors", ".json", ".yaml", ".md", ".png", ".gif", ".mp4", ".model", ".jinja")
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 _TEXTS = (".json", ".yaml", ".md")
+_PATH_BEGINS = r"(?:(?<![\w./~-])|(?<=file://))"
+"""Not inside of an address or a relative path; "PATH:/folder" and "file:///folder" name a folder of this machine."""
 _PATH = re.compile(r"(?<![\w/.:~-])/(?P<first>[^\s/\"'`<>]+)(?:/[^\s/\"'`<>,;:)\]}]+)+")
 
 
@@ -101,19 +109,6 @@ def policy_folder_of(folder: str | Path) -> Path:
     )
 
 
-def run_folder_of(folder: Path) -> Path | None:
-    """The output folder of the run that a folder belongs to.
-
-    Args:
-        folder: A run's output folder, or one in it.
-
-    Returns:
-        The folder with the run's settings; None for a policy outside of a run.
-    """
-    place = folder.absolute()
-    return next((path for path in (place, place.parent) if (path / CONFIG_NAME).is_file()), None)
-
-
 def _check_policy(folder: Path) -> None:
     try:
         kind = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8")).get("type")
@@ -121,8 +116,23 @@ def _check_policy(folder: Path) -> None:
         raise ValueError(f"{folder / CONFIG_FILE} is not a policy's configuration: {error}") from error
     if kind not in (types := supported_config_types()):
         raise ValueError(f"{folder / CONFIG_FILE} has type {kind!r}; supported types are {types}.")
-    if not (any(folder.glob("model*.safetensors"))):
+    if (folder / ADAPTER_CONFIG_FILE).is_file():
+        _check_adapter(folder)
+    elif not any(folder.glob("model*.safetensors")):
         raise ValueError(f"{folder} has no weights (model.safetensors is missing); give a complete policy folder.")
+
+
+def _check_adapter(folder: Path) -> None:
+    """Refuses an adapter-only folder that others could not load."""
+    if not (folder / ADAPTER_WEIGHTS_FILE).is_file():
+        raise ValueError(f"{folder} is a LoRA adapter without {ADAPTER_WEIGHTS_FILE}; give a complete policy folder.")
+    base = read_json(folder / ADAPTER_CONFIG_FILE, "adapter configuration").get("base_model_name_or_path")
+    if not isinstance(base, str) or not is_hub_id(base) or Path(base).is_dir():
+        raise ValueError(
+            f"{folder} is a LoRA adapter whose base is {base!r}; others need a Hub id, user/name, to load it. Push "
+            f"the base and write its id as base_model_name_or_path into {ADAPTER_CONFIG_FILE}, or push the whole "
+            f"policy that `pi-rl convert {folder} NEW_FOLDER --to merged` writes."
+        )
 
 
 def policy_contents(folder: str | Path, repo_id: str) -> Contents:
@@ -155,13 +165,17 @@ def policy_contents(folder: str | Path, repo_id: str) -> Contents:
     return Contents(_publishable(files, policy, repo_id), left_out)
 
 
-def with_card(folder: str | Path, repo_id: str, run_folder: Path | None = None) -> Path:
+def with_card(
+    folder: str | Path, repo_id: str, run_folder: Path | None = None, history: Iterable[Entry] | None = None
+) -> Path:
     """The policy's card; one is written if there is none.
 
     Args:
         folder: A run's output folder, a checkpoint of one, or a policy folder.
         repo_id: "user/name".
         run_folder: Output folder of the run it is from; None looks around the folder.
+        history: Log entries of the trainer that holds the policy. With them a card that this function wrote earlier,
+            and nobody changed, is written anew.
 
     Raises:
         ValueError: The folder holds no policy, or the card's metadata cannot be read.
@@ -172,8 +186,9 @@ def with_card(folder: str | Path, repo_id: str, run_folder: Path | None = None) 
 
     policy = policy_folder_of(folder)
     card = policy / CARD_NAME
-    if not card.is_file():
-        write_checkpoint_card(policy, run_folder=run_folder or run_folder_of(Path(folder)), repo_id=repo_id)
+    if not card.is_file() or (history is not None and is_unchanged(card)):
+        write_checkpoint_card(policy, run_folder=run_folder, repo_id=repo_id, history=history)
+        mark_written(card)
     try:
         ModelCard.load(card)
     except Exception as error:  # the YAML parser has error classes of its own
@@ -255,7 +270,7 @@ def without_machine(text: str, known: list[str]) -> str:
     """
     for prefix in sorted(known, key=len, reverse=True):
         if prefix != "/":
-            text = text.replace(f"{prefix}/", "")
+            text = re.sub(rf"{_PATH_BEGINS}{re.escape(prefix)}/", "", text)
 
     def last_part(match: re.Match[str]) -> str:
         # "/second" in a sentence or a task's name is no path: its first part is no folder here

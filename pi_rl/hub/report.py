@@ -17,6 +17,7 @@ from urllib.parse import quote
 from markupsafe import Markup
 
 from pi_rl.__about__ import __version__
+from pi_rl.arguments import CONFIG_NAME
 from pi_rl.hub.plots import evaluations, series, smooth
 from pi_rl.hub.report_charts import Band, Layer, chart, percent
 from pi_rl.hub.report_notes import notes_of
@@ -297,10 +298,11 @@ def _commands(record: RunRecord) -> list[tuple[str, str]]:
     """(what it does, command) for the next steps."""
     folder = str(record.folder)
     commands = []
-    if not record.complete:
+    of_a_recipe = (record.folder / CONFIG_NAME).is_file()  # a trainer's own settings are in its checkpoints
+    if of_a_recipe and not record.complete:
         commands.append(("Continue from the last checkpoint", shlex.join(["pi-rl", "train", "--resume", folder])))
-    if record.config_text:
-        again = ["pi-rl", "train", "--config", f"{folder}/pi_rl_config.yaml", "--algorithm", record.algorithm.lower()]
+    if of_a_recipe:
+        again = ["pi-rl", "train", "--config", f"{folder}/{CONFIG_NAME}", "--algorithm", record.algorithm.lower()]
         commands.append(("Run it again", shlex.join([*again, "--output_dir", f"{folder}_again"])))
     if record.env and record.complete:
         commands.append(("Evaluate", shlex.join(["pi-rl", "eval", "--policy", folder, "--env", record.env])))

@@ -22,6 +22,8 @@ from pi_rl.secrets import redacted
 STAGES_NAME, METRICS_NAME, STATE_NAME = "stages.json", "metrics.jsonl", "trainer_state.json"
 BEGAN, WARNING = "began", "warning"
 """Keys of lines of ``metrics.jsonl`` that are no log entries: when a process began, and what it warned of."""
+PARTS_OF_A_RUN = ("policy", "sft", "init")
+"""Folders of policies in a run's folder, beside its checkpoints."""
 Entry = dict[str, Any]
 
 
@@ -173,6 +175,28 @@ def read_run(folder: str | Path) -> RunRecord:
         problems=problems,
         written=max(file.stat().st_mtime for file in [*files, *found]),
     )
+
+
+def run_folder_of(folder: Path) -> Path | None:
+    """The output folder of the run that a folder belongs to.
+
+    Every saved policy carries settings of its own, so what is named as a part of a run is looked for above first.
+
+    Args:
+        folder: A run's output folder, or one in it.
+
+    Returns:
+        A folder with the run's settings or log; None for a policy outside of a run.
+    """
+    place = folder.absolute()
+    if checkpoint_number(place) >= 0 or place.name in PARTS_OF_A_RUN:
+        run, other = place.parent, place
+    else:
+        run, other = place, place.parent
+    logs = (run / METRICS_NAME, run / STATE_NAME, *run.glob(f"checkpoint-*/{STATE_NAME}"))
+    if (run / CONFIG_NAME).is_file() or any(file.is_file() for file in logs):
+        return run
+    return other if (other / CONFIG_NAME).is_file() else None
 
 
 def checkpoint_number(folder: Path) -> int:

@@ -97,6 +97,7 @@ class CheckpointedTrainer(ShardedTrainer):
     env_steps: int = 0
     episodes: int = 0
     failed_saves: int = 0
+    _start: str | None = None
     _staging: Path | None = None
     _last_end: IterationEnd | None = None
     _saved_step: int | None = None
@@ -112,11 +113,12 @@ class CheckpointedTrainer(ShardedTrainer):
         return self.state.global_step // self.args.updates_per_iteration
 
     def rl_state(self) -> dict[str, Any]:
-        """What a resumed run needs beside weights and optimiser; plain numbers, written as JSON."""
+        """What a resumed run needs beside weights and optimiser, and where it began; plain values, written as JSON."""
         return {
             "format": FORMAT,
             "pi_rl": __version__,
             "algorithm": self.algorithm,
+            "start": self._start or self._loaded.origin,
             "env_steps": self.env_steps,
             "episodes": self.episodes,
             "iteration": self.iteration,
@@ -130,6 +132,7 @@ class CheckpointedTrainer(ShardedTrainer):
                 "trainer, or start anew from the folder with model=."
             )
         self.env_steps, self.episodes = state["env_steps"], state["episodes"]
+        self._start = state.get("start")
 
     # ---- resuming --------------------------------------------------------------------------------------------------
 

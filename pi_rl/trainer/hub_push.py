@@ -4,20 +4,20 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from transformers.trainer_utils import HubStrategy
 
-from pi_rl.arguments import CONFIG_NAME
+from pi_rl.hub.card import is_unchanged, mark_written
 from pi_rl.hub.push import PushOutcome, push_command
 from pi_rl.hub.push_contents import (
     POLICY_FOLDER,
     checkpoint_contents,
     policy_contents,
-    run_folder_of,
     with_card,
 )
 from pi_rl.hub.push_process import PushJob, PushQueue, local_files, run_push
@@ -43,6 +43,7 @@ class PushingTrainer(CheckpointedTrainer):
     _queue: PushQueue | None = None
     _pushes_skipped: int = 0
     _failure_announced: bool = False
+    _card_metadata: Mapping[str, Any] = MappingProxyType({})
 
     # ---- the Trainer's hooks ---------------------------------------------------------------------------------------
 
@@ -135,7 +136,9 @@ class PushingTrainer(CheckpointedTrainer):
         return self.push_saved(folder, commit_message or "End of training", revision=revision, blocking=blocking)
 
     def create_model_card(self, **metadata: Any) -> None:
-        """Writes the card of the policy in `output_dir`'s `policy/` if there is none, and adds metadata to it.
+        """Writes the card of the policy in `output_dir`'s `policy/`, with metadata that later cards of it keep.
+
+        A card that somebody else wrote or changed stays; the metadata is added to it.
 
         Args:
             **metadata: language, license, tags, model_name, finetuned_from or dataset, as in `Trainer`.
@@ -143,23 +146,31 @@ class PushingTrainer(CheckpointedTrainer):
         Raises:
             ValueError: Other metadata was given.
         """
-        from huggingface_hub import ModelCard
-
         if not self.is_world_process_zero():
             return
         if unknown := set(metadata) - set(_CARD_FIELDS):
             raise ValueError(f"The card takes {', '.join(_CARD_FIELDS)}; got {', '.join(sorted(unknown))}.")
-        path = with_card(Path(self.args.output_dir) / POLICY_FOLDER, self.hub_model_id or "")
-        if not metadata:
+        self._card_metadata = {**self._card_metadata, **metadata}
+        self._renew_card(Path(self.args.output_dir) / POLICY_FOLDER, self.hub_model_id or "")
+
+    def _renew_card(self, folder: Path, repo_id: str) -> None:
+        """The card of the policy as it is now; one that the user made is kept."""
+        from huggingface_hub import ModelCard
+
+        path = with_card(folder, repo_id, Path(self.args.output_dir), self.state.log_history)
+        if not self._card_metadata:
             return
+        own = is_unchanged(path)
         card = ModelCard.load(path)
         names = {"finetuned_from": "base_model", "dataset": "datasets"}
-        given = {names.get(name, name): value for name, value in metadata.items() if value is not None}
+        given = {names.get(name, name): value for name, value in self._card_metadata.items() if value is not None}
         tags = given.pop("tags", [])
         for name, value in given.items():
             setattr(card.data, name, value)
         card.data.tags = list(dict.fromkeys([*(card.data.tags or []), *([tags] if isinstance(tags, str) else tags)]))
         card.save(path)
+        if own:
+            mark_written(path)
 
     def _finish_current_push(self) -> None:
         # the other processes of a distributed run must not wait for the upload, longer than their limit: `close` does
@@ -285,21 +296,18 @@ class PushingTrainer(CheckpointedTrainer):
         with self._folder_to_push() as staging:
             copy = staging / final.name
             shutil.copytree(folder, copy, copy_function=_link)
-            run = run_folder_of(Path(self.args.output_dir))
-            if run is not None:
-                _link(run / CONFIG_NAME, staging / CONFIG_NAME)
             whole = {}
             if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
                 last = self.args.hub_strategy == HubStrategy.CHECKPOINT
                 whole = checkpoint_contents(copy, repo_id, LAST_CHECKPOINT if last else final.name).files
-            with_card(copy, repo_id, run)
+            with_card(copy, repo_id, Path(self.args.output_dir), self.state.log_history)
             files = local_files(policy_contents(copy, repo_id).files | whole, staging / "texts")
             return self._job(files, repo_id, final, message, None, staging)
 
     def _saved_job(self, folder: Path, message: str, revision: str | None) -> PushJob:
         repo_id = self._repo()
         with self._folder_to_push() as staging:
-            with_card(folder, repo_id)
+            self._renew_card(folder, repo_id)
             files = local_files(policy_contents(folder, repo_id).files, staging / "texts")
             return self._job(files, repo_id, folder, message, revision, staging)
 

@@ -15,6 +15,7 @@ def checkpoint(folder, step=None, iteration=None, history=None, kind="pi0_small"
         (folder / "trainer_state.json").write_text(json.dumps(state))
         counters = {"algorithm": "PPO", "env_steps": 1000 * iteration, "episodes": 9, "iteration": iteration}
         (folder / "rl_state.json").write_text(json.dumps(counters))
+        (folder / "pi_rl_config.yaml").write_text("num_iterations: 6\nnoise: flow_sde\n")  # as every saved policy
     return folder
 
 
@@ -36,6 +37,7 @@ def test_an_evaluated_checkpoint_carries_the_evaluation_of_its_weights(tmp_path)
     assert "| 3 | 3,000 | 0.600 [0.50, 0.70] | 40 | these |" in card.text
     assert "a checkpoint after iteration 3 of 6" in card.text
     assert 'load_policy("me/policy"' in card.text
+    assert "metaworld 3.0.0" in card.text  # as recorded by the run
 
 
 def test_an_evaluation_of_other_weights_is_listed_but_not_claimed(tmp_path):
@@ -64,7 +66,11 @@ def test_a_checkpoint_without_its_run_is_described_by_its_own_files(tmp_path):
     history = [evaluation_entry(12, 3000.0, 0.6)]
     card = ModelCard.load(write_checkpoint_card(checkpoint(tmp_path / "downloaded", 12, 3, history, kind="pi05")))
     assert "0.600 [0.50, 0.70]" in card.text
-    assert "a checkpoint after iteration 3** of PPO" in card.text
+    assert "a checkpoint after iteration 3 of 6** of PPO" in card.text
+    assert "which began from a policy that was not recorded" in card.text
+    assert "scripted" not in card.text
+    assert "Versions: not recorded" in card.text  # those here are not those of the run
+    assert "pi-rl train" not in card.text
     assert card.data.license == "gemma"
 
 
@@ -78,6 +84,7 @@ def test_any_policy_folder_gets_an_honest_card(tmp_path):
 def test_the_policy_of_a_finished_run_gets_the_full_card(results, tmp_path):
     run = write_run(tmp_path / "run", results=results, video=True)
     policy = checkpoint(run / "policy")
+    (policy / "pi_rl_config.yaml").write_text("num_iterations: 6\n")
     card = ModelCard.load(write_checkpoint_card(policy))
     assert "Success rose from **0.500** to **0.800**" in card.text
     assert card.data.eval_results[0].metric_value == 0.8
@@ -120,7 +127,7 @@ def test_what_is_no_policy_is_refused(tmp_path):
 def test_a_run_without_records_yet_leaves_the_checkpoints_own(tmp_path):
     folder = checkpoint(tmp_path / "checkpoint-4", 4, 1)
     text = write_checkpoint_card(folder, run_folder=tmp_path / "checkpoint-4" / "..").read_text()
-    assert "a checkpoint after iteration 1** of PPO" in text
+    assert "a checkpoint after iteration 1 of 6** of PPO" in text
     copied = checkpoint(tmp_path / "elsewhere" / "copy", 4, 1)
     (tmp_path / "new").mkdir()
     assert "No evaluation yet" in write_checkpoint_card(copied, run_folder=tmp_path / "new").read_text()
