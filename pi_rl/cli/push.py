@@ -19,11 +19,13 @@ card, results, learning curve and videos, as one commit. Pickles, data sets and 
 DIR is the output folder of a run, one of its checkpoint-N folders, or any policy folder.
 
 The token is that of `hf auth login`, or HF_TOKEN. A push that failed is completed by the same command: what the Hub
-has already is not sent again. A policy without a card gets one in its folder."""
+has already is not sent again. Files of an earlier push that are no part of this one are removed from the repository
+in the same commit; your own files there stay. A policy without a card gets one in its folder."""
 _EXAMPLES = (
     "pi-rl push outputs/run --repo user/name --dry_run    lists what would be uploaded",
     "pi-rl push outputs/run --repo user/name",
     "pi-rl push outputs/run/checkpoint-40 --repo user/name --revision step-40 --private",
+    "pi-rl push outputs/run/checkpoint-40 --repo user/name --whole last-checkpoint",
 )
 
 
@@ -33,6 +35,12 @@ def _parser() -> CommandParser:
     parser.add_argument("--repo", required=True, metavar="USER/NAME", help="repository; created if it does not exist")
     parser.add_argument("--private", action="store_true", help="create it private; refuse an existing public one")
     parser.add_argument("--revision", help="branch; created if it does not exist (default: main)")
+    parser.add_argument(
+        "--whole",
+        metavar="NAME",
+        help="of a checkpoint-N folder: upload all of it too, with optimiser and generators, to resume from, as "
+        "subfolder NAME (last-checkpoint or checkpoint-N)",
+    )
     parser.add_argument("--message", default="Upload policy", help="message of the commit (default: %(default)s)")
     parser.add_argument("--dry_run", action="store_true", help="list what would be uploaded, and what not, then stop")
     parser.add_argument("--json", action="store_true", help="print the outcome, or the list, as JSON")
@@ -50,12 +58,12 @@ def run(argv: Sequence[str]) -> int:
     if not args.message.strip():
         raise UserError("--message is empty; give the commit's message, or leave the option out.")
     from pi_rl.hub.push import check_repo_id, push_folder
-    from pi_rl.hub.push_contents import policy_contents
+    from pi_rl.hub.push_contents import contents_to_push
 
     with user_errors():
         check_repo_id(args.repo)
         if args.dry_run:
-            _print_list(policy_contents(folder, args.repo), args)
+            _print_list(contents_to_push(folder, args.repo, args.whole), args)
             return 0
         outcome = push_folder(
             folder,
@@ -63,6 +71,7 @@ def run(argv: Sequence[str]) -> int:
             message=args.message,
             private=args.private or None,
             revision=args.revision,
+            whole=args.whole,
         )
     return _print_outcome(outcome, args)
 

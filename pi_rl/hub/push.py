@@ -5,6 +5,7 @@ creation of the repository and the commit, is repeated here. Contents that the H
 push that was interrupted is completed by repeating it.
 """
 
+import fnmatch
 import json
 import shlex
 import sys
@@ -38,6 +39,7 @@ class PushOutcome:
         changed: Whether a commit was made; False when the Hub had everything already.
         files: Paths in the repository of what was uploaded or was there already.
         size: Bytes of these files.
+        removed: Paths that were there before and that these files replace.
         error: Why it failed and what helps, without access tokens; None after success.
         refused: Whether the Hub refused it for a reason that the user can change, rather than failed.
     """
@@ -49,6 +51,7 @@ class PushOutcome:
     changed: bool = False
     files: tuple[str, ...] = ()
     size: int = 0
+    removed: tuple[str, ...] = ()
     error: str | None = None
     refused: bool = False
 
@@ -60,7 +63,8 @@ class PushOutcome:
                 f"not sent again by: {self.command}"
             )
         state = "uploaded" if self.changed else "the Hub had it all"
-        return f"{self.url} ({len(self.files)} files, {size_text(self.size)}: {state})"
+        removed = f"; {len(self.removed)} of an earlier push removed" if self.removed else ""
+        return f"{self.url} ({len(self.files)} files, {size_text(self.size)}: {state}{removed})"
 
 
 def push_folder(
@@ -70,11 +74,13 @@ def push_folder(
     message: str = "Upload policy",
     private: bool | None = None,
     revision: str | None = None,
+    whole: str | None = None,
     token: str | None = None,
 ) -> PushOutcome:
     """Uploads the policy of a folder with its card and results.
 
-    A policy without a card gets one in its folder first.
+    A policy without a card gets one in its folder first. Files of an earlier push that are no part of this one are
+    removed in the same commit; other files in the repository stay.
 
     Args:
         folder: A run's output folder, a checkpoint of one, or a policy folder.
@@ -82,20 +88,23 @@ def push_folder(
         message: Of the commit.
         private: True creates a private repository, and refuses a public one that exists; None leaves it to the Hub.
         revision: Branch to commit to; it is created if it does not exist. None is main.
+        whole: Name of a subfolder, "last-checkpoint" or "checkpoint-N", for all of a checkpoint, to resume from.
         token: With write access; by default HF_TOKEN or that of `hf auth login`.
 
     Raises:
-        ValueError: The folder holds no complete policy, its card cannot be read, or `repo_id` is none. What goes wrong
-            with the Hub is in the outcome.
+        ValueError: The folder holds no complete policy, or with `whole` no complete checkpoint; its card cannot be
+            read; or `repo_id` is none. What goes wrong with the Hub is in the outcome.
     """
-    from pi_rl.hub.push_contents import policy_contents, with_card
+    from pi_rl.hub.push_contents import contents_to_push, with_card
 
     check_repo_id(repo_id)
     with_card(folder, repo_id)
+    contents = contents_to_push(folder, repo_id, whole)
     return push_files(
-        policy_contents(folder, repo_id).files,
+        contents.files,
         repo_id,
-        command=push_command(folder, repo_id, private=bool(private), revision=revision),
+        command=push_command(folder, repo_id, private=bool(private), revision=revision, whole=whole),
+        replaces=contents.replaces,
         message=message,
         private=private,
         revision=revision,
@@ -114,9 +123,9 @@ def push_and_tell(folder: str | Path, repo_id: str, *, private: bool | None = No
     say("\nPushing to the Hub …")
     try:
         outcome = push_folder(folder, repo_id, private=private)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # whatever is odd about the folder
         command = push_command(folder, repo_id, private=bool(private))
-        outcome = PushOutcome(repo_id=repo_id, command=command, error=redacted(f"{error}"), refused=True)
+        outcome = PushOutcome(repo_id=repo_id, command=command, error=reason_of(error, repo_id), refused=True)
     if outcome.error is None:
         say(f"On the Hub: {outcome.describe()}")
     else:
@@ -129,6 +138,7 @@ def push_files(
     repo_id: str,
     *,
     command: str,
+    replaces: Sequence[str] = (),
     message: str = "Upload policy",
     private: bool | None = None,
     revision: str | None = None,
@@ -141,6 +151,8 @@ def push_files(
         files: Path in the repository to a local file or a content. Without any, repository and branch are created.
         repo_id: "user/name"; a name alone is the token owner's.
         command: What repeats it, for the outcome.
+        replaces: Patterns of paths in the repository ("videos/*.mp4", "last-checkpoint/"; a star stands for part of
+            one name): what matches and is none of `files` is removed in the same commit.
         message: Of the commit.
         private: See :func:`push_folder`.
         revision: See :func:`push_folder`.
@@ -153,9 +165,9 @@ def push_files(
     size = sum(map(size_of, files.values()))
     try:
         repo_id, before = _prepare_repo(api, repo_id, private=private, revision=revision, waits=waits)
-        commit = before
+        commit, removed = before, tuple[str, ...]()
         if files:
-            commit = _repeating(lambda: _commit(api, files, repo_id, message, revision), waits)
+            commit, removed = _repeating(lambda: _commit(api, files, replaces, repo_id, message, revision), waits)
     except Exception as error:
         return PushOutcome(
             repo_id=repo_id, command=command, error=reason_of(error, repo_id, token), refused=_is_refusal(error)
@@ -169,6 +181,7 @@ def push_files(
         changed=commit != before,
         files=tuple(files),
         size=size,
+        removed=removed,
     )
 
 
@@ -187,15 +200,36 @@ def _prepare_repo(
     return repo_id, _repeating(lambda: api.repo_info(repo_id, revision=revision), waits).sha
 
 
-def _commit(api: Any, files: Mapping[str, Path | bytes], repo_id: str, message: str, revision: str | None) -> str:
-    from huggingface_hub import CommitOperationAdd
+def _commit(
+    api: Any,
+    files: Mapping[str, Path | bytes],
+    replaces: Sequence[str],
+    repo_id: str,
+    message: str,
+    revision: str | None,
+) -> tuple[str, tuple[str, ...]]:
+    """Commits; gives the commit's hash and the paths that it removed."""
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
+    there = api.list_repo_files(repo_id, revision=revision) if replaces else ()
+    removed = tuple(sorted(name for name in there if name not in files and _matches(name, replaces)))
     # made anew for each try: the client then asks again what the Hub has, also of a commit whose answer was lost
     additions = [CommitOperationAdd(path_in_repo=name, path_or_fileobj=source) for name, source in files.items()]
     different = {str(addition.path_or_fileobj): addition for addition in additions}.values()
     if len(different) < len(additions):  # the client sends the same content twice within a commit, but not after it
         api.preupload_lfs_files(repo_id, different, revision=revision, free_memory=False)
-    return api.create_commit(repo_id, additions, commit_message=message, revision=revision).oid
+    operations = [*additions, *(CommitOperationDelete(path_in_repo=name) for name in removed)]
+    return api.create_commit(repo_id, operations, commit_message=message, revision=revision).oid, removed
+
+
+def _matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a path is one of those that a pattern names, or below a folder that one names."""
+    parent, _, last = name.rpartition("/")
+    for pattern in patterns:
+        folder, _, named = pattern.rpartition("/")
+        if name.startswith(f"{folder}/") if not named else folder == parent and fnmatch.fnmatchcase(last, named):
+            return True
+    return False
 
 
 def _repeating(action: Callable[[], Any], waits: Sequence[float] | None) -> Any:
@@ -316,7 +350,14 @@ def check_repo_id(repo_id: str) -> None:
         raise ValueError(f"{repo_id!r} has no owner: give the repository as user/name.")
 
 
-def push_command(folder: str | Path, repo_id: str, *, private: bool = False, revision: str | None = None) -> str:
+def push_command(
+    folder: str | Path,
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    whole: str | None = None,
+) -> str:
     """The shell command that pushes a folder.
 
     Args:
@@ -324,9 +365,11 @@ def push_command(folder: str | Path, repo_id: str, *, private: bool = False, rev
         repo_id: "user/name".
         private: Whether a private repository was asked for.
         revision: Branch, if it is not main.
+        whole: See :func:`push_folder`.
     """
     words = ["pi-rl", "push", str(folder), "--repo", repo_id]
     words += [*(["--private"] if private else []), *(["--revision", revision] if revision else [])]
+    words += ["--whole", whole] if whole else []
     return shlex.join(words)
 
 

@@ -28,7 +28,7 @@ from pi_rl.policies.checkpoints import (
     set_tokenizer_name,
 )
 from pi_rl.policies.lora import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
-from pi_rl.policies.untrusted import read_json
+from pi_rl.policies.untrusted import WHOLE_CHECKPOINT, read_json
 from pi_rl.policies.weight_files import INDEX_FILE
 from pi_rl.policies.wrap import supported_config_types
 from pi_rl.secrets import redacted
@@ -58,6 +58,13 @@ _POLICY_FILES = (
 )
 _RUN_FILES = ("results.json", "learning_curve.png", "before_after.mp4", CONFIG_NAME)
 _SUBFOLDERS = {ADAPTER_FOLDER: ("*.safetensors", "*.json", "README.md"), "videos": ("*.mp4", "*.gif", "*.png")}
+_FOREIGN = ("*.png", "*.gif", "*.mp4")
+"""Uploaded from a policy folder under any name, so in a repository they may be somebody's own."""
+_REPLACED = (
+    *(name for name in _POLICY_FILES if name not in _FOREIGN),
+    *("learning_curve.png", "before_after.mp4", ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE),
+    *(f"{folder}/{name}" for folder, names in _SUBFOLDERS.items() for name in names),
+)
 _SUFFIXES = (".safetensors", ".json", ".yaml", ".md", ".png", ".gif", ".mp4", ".model", ".jinja")
 _PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 _TEXTS = (".json", ".yaml", ".md")
@@ -73,10 +80,12 @@ class Contents:
     Attributes:
         files: Path in the repository to a local file, or to the content itself where it differs from the file.
         left_out: Path below the folder to the reason why it stays here.
+        replaces: Patterns of what such contents replace in the repository; see `pi_rl.hub.push.push_files`.
     """
 
     files: dict[str, Path | bytes]
     left_out: dict[str, str]
+    replaces: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -219,6 +228,31 @@ def checkpoint_contents(folder: str | Path, repo_id: str, inside: str) -> Conten
             left_out[f"{inside}/{name}"] = _reason(path)
     ready = _publishable(chosen, checkpoint, repo_id)
     return Contents({f"{inside}/{name}": source for name, source in ready.items()}, left_out)
+
+
+def contents_to_push(folder: str | Path, repo_id: str, whole: str | None = None) -> Contents:
+    """Everything of a push, and what it replaces.
+
+    Args:
+        folder: A run's output folder, a checkpoint of one, or a policy folder.
+        repo_id: "user/name".
+        whole: Name of a subfolder for all of a checkpoint, "last-checkpoint" or "checkpoint-N"; None is none.
+
+    Raises:
+        ValueError: There is no policy, it refers to a tokenizer that is only on this machine, `whole` is another name,
+            or `folder` is no complete checkpoint.
+    """
+    if whole is None:
+        policy = policy_contents(folder, repo_id)
+        return Contents(policy.files, policy.left_out, _REPLACED)
+    from pi_rl.trainer.checkpoint_folders import check_checkpoint
+
+    if not WHOLE_CHECKPOINT.fullmatch(whole):
+        raise ValueError(f"A whole checkpoint is named last-checkpoint or checkpoint-N on the Hub; got {whole!r}.")
+    check_checkpoint(Path(folder))
+    policy, checkpoint = policy_contents(folder, repo_id), checkpoint_contents(folder, repo_id, whole)
+    left_out = {name: why for name, why in policy.left_out.items() if f"{whole}/{name}" not in checkpoint.files}
+    return Contents(policy.files | checkpoint.files, left_out, (*_REPLACED, f"{whole}/"))
 
 
 def _all_files(folder: Path) -> list[Path]:

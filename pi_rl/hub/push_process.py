@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ class PushJob:
         repo_id: "user/name", or a name of the token's owner.
         command: What repeats it.
         files: Path in the repository to a local file; without any, the repository is created.
+        replaces: Patterns of what is removed unless it is one of `files`.
         message: Of the commit.
         private: Whether the repository shall be private.
         revision: Branch; None is main.
@@ -41,6 +42,7 @@ class PushJob:
     repo_id: str
     command: str
     files: Mapping[str, str]
+    replaces: Sequence[str] = ()
     message: str = "Upload policy"
     private: bool | None = None
     revision: str | None = None
@@ -66,13 +68,19 @@ class PushProcess:
         environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         if token:
             environment["HF_TOKEN"] = token  # not an argument, which others could read in the list of processes
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "pi_rl.hub.push_process"],
-            stdin=subprocess.PIPE,
-            stdout=self._answer,
-            stderr=self._messages,
-            env=environment,
-        )
+        answer = self._answer.fileno()
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "pi_rl.hub.push_process", str(answer)],
+                stdin=subprocess.PIPE,
+                stdout=self._messages,  # libraries print there, so the answer has a file of its own
+                stderr=self._messages,
+                pass_fds=[answer],
+                env=environment,
+            )
+        except OSError:
+            self._clean()
+            raise
         assert self._process.stdin is not None
         with suppress(BrokenPipeError), self._process.stdin as stream:  # a process that died tells by its exit code
             stream.write(json.dumps(asdict(job)).encode())
@@ -87,14 +95,22 @@ class PushProcess:
         try:
             code = self._process.wait(limit_s)
         except subprocess.TimeoutExpired:
-            self.end()
-            return self.job.failed(f"it was not finished after {limit_s / 60:.0f} min and was given up")
+            return self.give_up(limit_s)
         answer, lines = _text(self._answer), _text(self._messages).strip().splitlines()
         self._clean()
-        if code == 0:
+        last = lines[-1] if lines else "no message"
+        if code != 0:
+            return self.job.failed(f"its process ended with code {code}: {last}")
+        try:
             told = json.loads(answer)
-            return PushOutcome(**{**told, "files": tuple(told["files"])})
-        return self.job.failed(f"its process ended with code {code}: {lines[-1] if lines else 'no message'}")
+            return PushOutcome(**{**told, "files": tuple(told["files"]), "removed": tuple(told["removed"])})
+        except (ValueError, TypeError, KeyError):
+            return self.job.failed(f"its process ended without an answer: {last}")
+
+    def give_up(self, limit_s: float) -> PushOutcome:
+        """Ends it, because it took longer than `limit_s` seconds."""
+        self.end()
+        return self.job.failed(f"it was not finished after {_time_text(limit_s)} and was given up")
 
     def end(self) -> None:
         """Ends it now."""
@@ -107,6 +123,10 @@ class PushProcess:
             file.close()
         if self.job.staging is not None:
             shutil.rmtree(self.job.staging, ignore_errors=True)
+
+
+def _time_text(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
 
 
 def _text(file: Any) -> str:
@@ -157,9 +177,9 @@ class PushQueue:
         while self.busy and time.monotonic() < until:
             time.sleep(_NEAR_IN_TIME_S)
         if self._running is not None:
-            self.outcomes.append(self._running.outcome(limit_s=0.0))
+            self.outcomes.append(self._running.give_up(limit_s))
             self._running = None
-        self._give_up_waiting(f"it did not begin within {limit_s / 60:.0f} min and was given up")
+        self._give_up_waiting(f"it did not begin within {_time_text(limit_s)} and was given up")
 
     def end(self) -> None:
         """Ends everything now."""
@@ -180,8 +200,12 @@ class PushQueue:
 
 
 def run_push(job: PushJob, *, token: str | None = None, limit_s: float) -> PushOutcome:
-    """Pushes, and gives up after `limit_s` seconds."""
-    return PushProcess(job, token).outcome(limit_s)
+    """Pushes, and gives up after `limit_s` seconds; never raises for it."""
+    try:
+        process = PushProcess(job, token)
+    except OSError as error:
+        return job.failed(f"its process could not be started: {error}")
+    return process.outcome(limit_s)
 
 
 def local_files(files: Mapping[str, Path | bytes], folder: Path) -> dict[str, str]:
@@ -203,18 +227,20 @@ def local_files(files: Mapping[str, Path | bytes], folder: Path) -> dict[str, st
 
 
 def main() -> None:
-    """The process: a job as JSON on standard input, its outcome as JSON on standard output."""
+    """The process: a job as JSON on standard input, its outcome as JSON into the file descriptor that is given."""
     job = PushJob(**json.load(sys.stdin))
     outcome = push_files(
         {name: Path(path) for name, path in job.files.items()},
         job.repo_id,
         command=job.command,
+        replaces=job.replaces,
         message=job.message,
         private=job.private,
         revision=job.revision,
         waits=() if job.once else None,
     )
-    json.dump(asdict(outcome), sys.stdout)
+    with os.fdopen(int(sys.argv[1]), "w") as answer:
+        json.dump(asdict(outcome), answer)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,8 @@ _LEROBOT_STEPS = frozenset(
 )
 _PROCESSOR_FILES = ("policy_preprocessor.json", "policy_postprocessor.json")
 _CODE_KEYS = ("auto_map", "custom_pipelines")
+WHOLE_CHECKPOINT = re.compile(r"last-checkpoint|checkpoint-\d+")
+"""Folders of a repository that hold a run's whole state beside its policy."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _CONVERT = (
     "python -c \"import torch, safetensors.torch as s; w = torch.load('pytorch_model.bin', weights_only=True); "
@@ -109,7 +111,7 @@ def names_to_download(files: Iterable[tuple[str, int | None]], source: str) -> l
         source: The repository, for messages.
 
     Returns:
-        Names of JSON, safetensors and tokenizer files, and of the model card.
+        Names of JSON, safetensors and tokenizer files, and of the model card; whole checkpoints are left out.
 
     Raises:
         ValueError: A name would leave the folder, a file is absurdly large, or there are weights as pickles only.
@@ -123,7 +125,11 @@ def names_to_download(files: Iterable[tuple[str, int | None]], source: str) -> l
                 f"{source} holds a file named {name!r}; names must be plain relative paths. Nothing was downloaded: "
                 "do not use this repository, or have its author rename the file."
             )
-    wanted = [(name, size) for name, size in listed if PurePosixPath(name).suffix in LARGEST]
+    wanted = [
+        (name, size)
+        for name, size in listed
+        if PurePosixPath(name).suffix in LARGEST and not WHOLE_CHECKPOINT.fullmatch(name.partition("/")[0])
+    ]
     for name, size in wanted:
         _check_size(f"{name} of {source}", size or 0, LARGEST[PurePosixPath(name).suffix])
     _check_pickles([name for name, _ in listed], source)

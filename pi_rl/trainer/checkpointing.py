@@ -266,7 +266,7 @@ class CheckpointedTrainer(ShardedTrainer):
 
         Args:
             output_dir: The folder; the run's by default.
-            _internal_call: Of ``Trainer.save_model``.
+            _internal_call: Of ``Trainer.save_model``; nothing here depends on it.
 
         Raises:
             NotWritten: If the disk refuses; on all processes.
@@ -274,8 +274,6 @@ class CheckpointedTrainer(ShardedTrainer):
         sharded = is_sharded(self.actor_critic)
         state = whole_state(self.actor_critic, keep=self.args.process_index == 0) if sharded else None
         self._write(Path(output_dir or self.args.output_dir), lambda: self._save(output_dir, state))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _write(self, folder: Path, write: Callable[[], None]) -> None:
         """Lets the first process write; what the disk refuses is raised on all of them."""

@@ -4,8 +4,8 @@ import os
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -13,11 +13,10 @@ from typing import Any
 from transformers.trainer_utils import HubStrategy
 
 from pi_rl.hub.card import is_unchanged, mark_written
-from pi_rl.hub.push import PushOutcome, push_command
+from pi_rl.hub.push import PushOutcome, push_command, reason_of
 from pi_rl.hub.push_contents import (
     POLICY_FOLDER,
-    checkpoint_contents,
-    policy_contents,
+    contents_to_push,
     with_card,
 )
 from pi_rl.hub.push_process import PushJob, PushQueue, local_files, run_push
@@ -32,15 +31,36 @@ _STAGING = ".push-"
 _CARD_FIELDS = ("language", "license", "tags", "model_name", "finetuned_from", "dataset")
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Push:
+    """What is pushed, and where to.
+
+    Attributes:
+        folder: Complete on the disk.
+        message: Of the commit.
+        revision: Branch; None is main.
+        whole: Subfolder of the repository for a whole checkpoint; None is none.
+        linked: Whether it is pushed from links, because the run deletes old checkpoints.
+    """
+
+    folder: Path
+    message: str
+    revision: str | None
+    whole: str | None = None
+    linked: bool = False
+
+
 class PushingTrainer(CheckpointedTrainer):
     """Pushes as `transformers.Trainer` does, with `push_to_hub` and the options `hub_*`, but never stops for the Hub.
 
     Every push is one commit of a complete policy folder with a card. The first process pushes, in a process of its
-    own; a failure is remembered, and told at the end with the command that repeats the push.
+    own; a failure is remembered, and told after the training and in `close` with the command that repeats the push.
     """
 
     hub_model_id: str | None
     _queue: PushQueue | None = None
+    _newest_pushes: dict[str | None, str]  # by branch, the command that pushes what is newest there and was not reported
+    _left_out: _Push | None = None  # the newest checkpoint, if it was not pushed because a push went on
     _pushes_skipped: int = 0
     _failure_announced: bool = False
     _card_metadata: Mapping[str, Any] = MappingProxyType({})
@@ -61,13 +81,13 @@ class PushingTrainer(CheckpointedTrainer):
         name = str(self.args.hub_model_id or Path(self.args.output_dir).absolute().name)
         _check_name(name)
         if self._queue is None:
-            self._queue = PushQueue()
+            self._queue, self._newest_pushes = PushQueue(), {}
             for left in Path(self.args.output_dir).glob(f"{_STAGING}*"):  # of a run that was killed
                 shutil.rmtree(left, ignore_errors=True)
         self._queue.token = token = token or self.args.hub_token
         job = PushJob(
             repo_id=name,
-            command=self._command(Path(self.args.output_dir), name),
+            command=push_command(self.args.output_dir, name),
             files={},
             private=self.args.hub_private_repo,
             revision=self.args.hub_revision,
@@ -95,16 +115,15 @@ class PushingTrainer(CheckpointedTrainer):
         """Begins to push a checkpoint, unless the last push goes on (`hub_always_push` lets it wait in line)."""
         if not self._pushes or self.args.hub_strategy == HubStrategy.END or self._queue is None:
             return
-        busy = self._queue.busy
+        busy, push = self._queue.busy, self._checkpoint_push(Path(checkpoint_folder))
         self._announce_first_failure()
         if busy and not self.args.hub_always_push:
+            self._left_out = push
             self._pushes_skipped += 1
+            self._newest_pushes[push.revision] = self._command(push, self._known_name)
             return
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        message = f"Training in progress, step {self.state.global_step}"
-        # by the name that it has when it is complete
-        final = Path(self.args.output_dir) / Path(checkpoint_folder).name
-        self._add(lambda: self._checkpoint_job(Path(checkpoint_folder), final, message), final)
+        self._left_out = None
+        self._begin(push)
 
     def push_to_hub(
         self,
@@ -173,9 +192,19 @@ class PushingTrainer(CheckpointedTrainer):
             mark_written(path)
 
     def _finish_current_push(self) -> None:
+        """At the end of the training: pushes the newest checkpoint if it was left out, and reports."""
+        if self._queue is None:
+            return
+        if self._left_out is not None:
+            self._pushes_skipped -= 1
+            self._begin(self._left_out)
+        self._left_out = None
         # the other processes of a distributed run must not wait for the upload, longer than their limit: `close` does
         if self.args.world_size == 1:
             self._wait_for_pushes()
+        self._report()
+        if self._queue.busy:
+            say("A push to the Hub goes on; trainer.close() waits for it and reports.")
 
     # ---- what is ours ----------------------------------------------------------------------------------------------
 
@@ -204,9 +233,9 @@ class PushingTrainer(CheckpointedTrainer):
         """
         if self._queue is None or self.args.dry_run or not self.is_world_process_zero():
             return None
-        self.callback_handler.on_push_begin(self.args, self.state, self.control)
         self._wait_for_pushes()
-        self._add(lambda: self._saved_job(Path(folder), message, revision), Path(folder))
+        revision = revision or self.args.hub_revision
+        self._begin(_Push(folder=Path(folder), message=message, revision=revision))
         if not blocking:
             return None
         say("Pushing to the Hub …")
@@ -217,31 +246,42 @@ class PushingTrainer(CheckpointedTrainer):
         return outcome
 
     def report_pushes(self) -> None:
-        """Tells on standard error which pushes failed and how to repeat the last.
+        """Tells on standard error which pushes failed since the last report, and how to repeat the last.
 
-        Waits for pushes that go on if the training is complete, and ends them if it was broken off.
+        Waits for pushes that go on, and ends them if the training was broken off.
         """
         if self._queue is None:
             return
-        if self.state.global_step >= self.state.max_steps:
+        if not self.is_in_train:  # which stays True when the training ends by an exception
             self._wait_for_pushes()
         self._queue.end()
+        self._report()
+
+    def _report(self) -> None:
+        assert self._queue is not None
+        busy = self._queue.busy
         outcomes, self._queue.outcomes = self._queue.outcomes, []
+        skipped, self._pushes_skipped = self._pushes_skipped, 0
         failed = [outcome for outcome in outcomes if outcome.error is not None]
-        if not failed:
-            return
-        skipped = self._pushes_skipped
-        parts = [
-            f"{len(failed)} of {len(outcomes)} pushes to the Hub failed; training went on.",
-            f"The last failure: {failed[-1].error}.",
-            f"{skipped} checkpoints were not pushed because an earlier push went on." if skipped else "",
-            "The last push succeeded, so the Hub has the latest state."
-            if outcomes[-1].error is None
-            else f"Everything is in {self.args.output_dir}. To push it: {outcomes[-1].command}",
-        ]
-        text = " ".join(filter(None, parts))
-        note_warning(self.args.output_dir, text)
-        _warn(text)
+        last = {outcome.command: outcome.error for outcome in outcomes}
+        missing = [command for command in self._newest_pushes.values() if last.get(command, None if busy else "") is not None]
+        parts = []
+        if failed:
+            parts.append(f"{len(failed)} of {len(outcomes)} pushes to the Hub failed; training went on.")
+            parts.append(f"The last failure: {failed[-1].error}.")
+        if skipped:
+            parts.append(f"Checkpoints that were not pushed because an earlier push went on: {skipped}.")
+        if missing:
+            parts.append(f"Everything is in {self.args.output_dir}. To push the latest state: {'; '.join(missing)}")
+        elif parts and not busy:
+            parts.append("The Hub has the latest state.")
+        self._newest_pushes = {place: told for place, told in self._newest_pushes.items() if busy and told not in last}
+        text = " ".join(parts)
+        if failed or missing:
+            note_warning(self.args.output_dir, text)
+            _warn(text)
+        elif text:
+            say(text)
 
     def _wait_for_pushes(self) -> None:
         if self._queue is not None:
@@ -254,8 +294,13 @@ class PushingTrainer(CheckpointedTrainer):
             self._failure_announced = True
             _warn(f"A push to {failed.repo_id} failed: {failed.error}. Training goes on; a report follows at the end.")
 
-    def _command(self, folder: Path, repo_id: str) -> str:
-        return push_command(folder, repo_id, private=bool(self.args.hub_private_repo), revision=self.args.hub_revision)
+    def _command(self, push: _Push, repo_id: str) -> str:
+        private = bool(self.args.hub_private_repo)
+        return push_command(push.folder, repo_id, private=private, revision=push.revision, whole=push.whole)
+
+    @property
+    def _known_name(self) -> str:
+        return self.hub_model_id or self.args.hub_model_id or "user/name"
 
     def _repo(self) -> str:
         """The repository's full name.
@@ -269,60 +314,56 @@ class PushingTrainer(CheckpointedTrainer):
             raise ValueError("the owner of the repository is unknown; give hub_model_id as user/name")
         return self.hub_model_id
 
-    def _add(self, make_job: Callable[[], PushJob], folder: Path) -> None:
-        """Lets a push begin; what keeps it from beginning is an outcome, too."""
-        assert self._queue is not None
-        try:
-            self._queue.add(make_job())
-        except (ValueError, OSError) as error:
-            name = self.hub_model_id or self.args.hub_model_id or "user/name"
-            self._queue.outcomes.append(
-                PushOutcome(repo_id=name, command=self._command(folder, name), error=f"{error}")
-            )
-
-    @contextmanager
-    def _folder_to_push(self) -> Iterator[Path]:
-        """A folder for what is pushed, on the file system of the run; it stays unless the block fails."""
-        folder = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.args.output_dir))
-        try:
-            yield folder
-        except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
-            raise
-
-    def _checkpoint_job(self, folder: Path, final: Path, message: str) -> PushJob:
-        """A push of a checkpoint from links to its files, because the run deletes old checkpoints."""
-        repo_id = self._repo()
-        with self._folder_to_push() as staging:
-            copy = staging / final.name
-            shutil.copytree(folder, copy, copy_function=_link)
-            whole = {}
-            if self.args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-                last = self.args.hub_strategy == HubStrategy.CHECKPOINT
-                whole = checkpoint_contents(copy, repo_id, LAST_CHECKPOINT if last else final.name).files
-            with_card(copy, repo_id, Path(self.args.output_dir), self.state.log_history)
-            files = local_files(policy_contents(copy, repo_id).files | whole, staging / "texts")
-            return self._job(files, repo_id, final, message, None, staging)
-
-    def _saved_job(self, folder: Path, message: str, revision: str | None) -> PushJob:
-        repo_id = self._repo()
-        with self._folder_to_push() as staging:
-            self._renew_card(folder, repo_id)
-            files = local_files(policy_contents(folder, repo_id).files, staging / "texts")
-            return self._job(files, repo_id, folder, message, revision, staging)
-
-    def _job(
-        self, files: dict[str, str], repo_id: str, folder: Path, message: str, revision: str | None, staging: Path
-    ) -> PushJob:
-        return PushJob(
-            repo_id=repo_id,
-            command=self._command(folder, repo_id),
-            files=files,
-            message=message,
-            private=self.args.hub_private_repo,
-            revision=revision or self.args.hub_revision,
-            staging=str(staging),
+    def _checkpoint_push(self, folder: Path) -> _Push:
+        names = {HubStrategy.CHECKPOINT: LAST_CHECKPOINT, HubStrategy.ALL_CHECKPOINTS: folder.name}
+        return _Push(
+            folder=folder,
+            message=f"Training in progress, step {folder.name.rpartition('-')[2]}",
+            revision=self.args.hub_revision,
+            whole=names.get(self.args.hub_strategy),
+            linked=True,
         )
+
+    def _begin(self, push: _Push) -> None:
+        """Lets a push begin; whatever keeps it from beginning is an outcome, too."""
+        assert self._queue is not None
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        repo_id = self._known_name
+        command = self._command(push, repo_id)
+        try:
+            repo_id = self._repo()
+            command = self._command(push, repo_id)
+            self._queue.add(self._job(push, repo_id, command))
+        except Exception as error:  # the Hub, and whatever is odd about the folder, stops no training
+            why = reason_of(error, repo_id, self._queue.token)
+            self._queue.outcomes.append(PushOutcome(repo_id=repo_id, command=command, error=why))
+        self._newest_pushes[push.revision] = command
+
+    def _job(self, push: _Push, repo_id: str, command: str) -> PushJob:
+        """The push of a folder, with its files or links to them, on the file system of the run."""
+        staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=self.args.output_dir))
+        try:
+            folder = push.folder
+            if push.linked:
+                folder = staging / push.folder.name
+                shutil.copytree(push.folder, folder, copy_function=_link)
+                with_card(folder, repo_id, Path(self.args.output_dir), self.state.log_history)
+            else:
+                self._renew_card(folder, repo_id)
+            contents = contents_to_push(folder, repo_id, push.whole)
+            return PushJob(
+                repo_id=repo_id,
+                command=command,
+                files=local_files(contents.files, staging / "texts"),
+                replaces=contents.replaces,
+                message=push.message,
+                private=self.args.hub_private_repo,
+                revision=push.revision,
+                staging=str(staging),
+            )
+        except BaseException:
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
 
 
 def _link(source: str | Path, target: str | Path) -> None:

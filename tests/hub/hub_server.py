@@ -411,6 +411,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 if value["oid"] not in self.hub.blobs:
                     raise Refused(400, f"{value['path']}: the LFS object was never uploaded")
                 files[value["path"]] = File(self.hub.blobs[value["oid"]], lfs=True)
+            elif key == "deletedFile":
+                if files.pop(value["path"], None) is None:
+                    raise Refused(404, "A file with this name doesn't exist", "EntryNotFound")
             else:
                 raise Refused(400, f"unknown operation {key}")
         name = repo.commit(revision, files, message)
