@@ -53,7 +53,7 @@ _ASSET_ID = "physical-intelligence/libero"
 
 def _parser() -> CommandParser:
     parser = CommandParser("convert", _DESCRIPTION, _EXAMPLES)
-    parser.add_argument("source", metavar="SRC", help="folder, weight file or Hub id")
+    parser.add_argument("source", metavar="SRC", help="policy, checkpoint or run folder, weight file, or Hub id")
     parser.add_argument("destination", metavar="DST", type=Path, help="folder to write; it must not exist")
     parser.add_argument("--to", required=True, choices=(LEROBOT, OPENPI, ADAPTER, MERGED), help="what to write")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="type of all weights (default: as stored)")
@@ -125,14 +125,11 @@ def _convert(args: argparse.Namespace) -> "Report":
     # heavy; after everything that can be refused at once
     from pi_rl.conversion.adapters import convert_to_adapter, convert_to_merged
     from pi_rl.conversion.to_openpi import convert_to_openpi
-    from pi_rl.policies.checkpoints import policy_folder
 
-    path = Path(args.source).expanduser()
-    source = path.absolute() if path.is_file() else policy_folder(args.source)
+    source = _source(args)
+    args.like, args.base = (name and _policy_of_run(name) for name in (args.like, args.base))
     if args.to == LEROBOT:
         return _to_lerobot(args, source)
-    if source.is_file():
-        raise UserError(f"{source} is a file; --to {args.to} needs a policy folder.")
     if args.to == ADAPTER:
         return convert_to_adapter(source, args.destination, base=args.base)
     if args.to == MERGED:
@@ -146,6 +143,26 @@ def _convert(args: argparse.Namespace) -> "Report":
         shard_gb=args.shard_gb,
         dtype=args.dtype,
     )
+
+
+def _source(args: argparse.Namespace) -> Path:
+    from pi_rl.cli.eval_plan import find_policy
+    from pi_rl.policies.checkpoints import policy_folder
+
+    path = Path(args.source).expanduser()
+    if args.to == LEROBOT:  # openpi's and RLinf's folders hold no LeRobot policy
+        return path.absolute() if path.is_file() else policy_folder(_policy_of_run(args.source))
+    if path.is_file():
+        raise UserError(f"{path} is a file; --to {args.to} needs a policy folder.")
+    return policy_folder(find_policy(args.source, None))
+
+
+def _policy_of_run(given: str) -> str:
+    """The policy in a run's folder; anything else, such as a Hub id or openpi's folder, as it was given."""
+    from pi_rl.cli.eval_plan import policy_within
+
+    folder = Path(given).expanduser()
+    return str(policy_within(folder) or given) if folder.is_dir() else given
 
 
 def _to_lerobot(args: argparse.Namespace, source: Path) -> "Report":

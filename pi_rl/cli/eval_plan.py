@@ -126,17 +126,27 @@ def find_policy(given: str, revision: str | None) -> Path:
         from pi_rl.policies.checkpoints import policy_folder  # slow to import
 
         folder = policy_folder(given, revision)
-    if (folder / "config.json").is_file():
-        return folder
+    found = policy_within(folder)
+    if found is None:
+        raise ValueError(
+            f"{given} holds no policy: there is neither config.json nor a policy in {', '.join(_INSIDE)} or "
+            "checkpoint-N. Give a policy folder in LeRobot's layout, a training run's folder, or a Hub id."
+        )
+    return found
+
+
+def policy_within(folder: Path) -> Path | None:
+    """The folder itself if it has a policy's configuration, or else the policy of the training run in it.
+
+    Args:
+        folder: An existing folder.
+
+    Returns:
+        None if there is no policy in any of the places where a run has one.
+    """
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int("0" + re.sub(r"\D", "", path.name)))
-    names = [*_INSIDE[:3], *(path.name for path in reversed(checkpoints)), *_INSIDE[3:]]
-    for name in names:
-        if (folder / name / "config.json").is_file():
-            return folder / name
-    raise ValueError(
-        f"{given} holds no policy: there is neither config.json nor a policy in {', '.join(_INSIDE)} or checkpoint-N. "
-        "Give a policy folder in LeRobot's layout, a training run's folder, or a Hub id."
-    )
+    names = ["", *_INSIDE[:3], *(path.name for path in reversed(checkpoints)), *_INSIDE[3:]]
+    return next((folder / name for name in names if (folder / name / "config.json").is_file()), None)
 
 
 def describe_policy(folder: Path, given: str) -> dict[str, Any]:

@@ -117,7 +117,8 @@ def new_template(kind: str, weights: StoredWeights, policy: NewPolicy) -> Templa
             "or give a folder with its files (--tokenizer)."
         ) from error
     local = Path(policy.tokenizer).expanduser()
-    return Template(config, processors, local if has_tokenizer_files(local) else None, "the given options")
+    source = local if has_tokenizer_files(local) else None
+    return Template(config, processors, source, "the given options", has_statistics=False)
 
 
 def _padded_sizes(weights: StoredWeights, policy: NewPolicy) -> dict[str, int]:

@@ -18,6 +18,8 @@ from lerobot.processor import NormalizerProcessorStep, PolicyProcessorPipeline, 
 from lerobot.utils.constants import ACTION, OBS_STATE
 from torch import Tensor
 
+from pi_rl.conversion.sources import checkpoint_folder
+
 NORM_STATS_FILE = "norm_stats.json"
 OPENPI_EPS = 1e-6
 STATISTICS = ("mean", "std", "q01", "q99")
@@ -32,13 +34,16 @@ def find_norm_stats(source: Path) -> Path | None:
     """The norm_stats.json of a checkpoint: openpi has it in assets/<asset id>, RLinf in <asset id>.
 
     Args:
-        source: Folder, or a weight file in it.
+        source: The checkpoint's folder, or a weight file. Among files of other models, in a folder that is no
+            checkpoint's, only what lies beside the file and in assets/ there is its own.
 
     Raises:
         ValueError: If there are several with different contents.
     """
-    folder = source if source.is_dir() else source.parent
-    found = sorted(folder.rglob(NORM_STATS_FILE))
+    checkpoint = checkpoint_folder(source)
+    folder = checkpoint or source.parent
+    places = ("", "assets/**/", "*/", "*/*/") if checkpoint else ("", "assets/**/")  # an id may be organisation/name
+    found = sorted({path for place in places for path in folder.glob(f"{place}{NORM_STATS_FILE}")})
     if len({path.read_bytes() for path in found}) > 1:
         raise ValueError(
             f"{folder} holds several {NORM_STATS_FILE}: {', '.join(str(path.relative_to(folder)) for path in found)}. "

@@ -65,6 +65,23 @@ def open_weights(source: Path) -> StoredWeights:
     return policy_weights(source)
 
 
+def checkpoint_folder(source: Path) -> Path | None:
+    """The folder of the checkpoint that a source is, or is the weight file of.
+
+    Args:
+        source: A folder or a weight file.
+
+    Returns:
+        None for a file whose name and place belong to no layout: what else its folder holds may be of other models.
+    """
+    if source.is_dir():
+        return source
+    if source.name in (WEIGHTS_FILE, INDEX_FILE):
+        return source.parent
+    places = [source.parents[name.count("/")] for name in PICKLES if source.as_posix().endswith(f"/{name}")]
+    return places[-1] if places else None  # the last one is the outermost
+
+
 def kind_of(weights: StoredWeights) -> str:
     """Whether weights are π0's or π0.5's.
 

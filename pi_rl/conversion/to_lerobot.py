@@ -44,12 +44,14 @@ class Template:
         processors: (preprocessor, postprocessor).
         tokenizer_source: Folder whose tokenizer files are copied; None leaves the preprocessor's reference.
         origin: Where it comes from, for the report.
+        has_statistics: Whether the processors know how to normalise, as those of an existing policy do.
     """
 
     config: PreTrainedConfig
     processors: tuple[PolicyProcessorPipeline, PolicyProcessorPipeline]
     tokenizer_source: Path | None
     origin: str
+    has_statistics: bool = True
 
 
 def template_like(like: str | Path) -> Template:
@@ -94,8 +96,14 @@ def convert_to_lerobot(
     expected = _expected(weights, template)
     found = norm_stats or find_norm_stats(source)
     facts = {"configuration": f"{template.config.type} of {template.origin}"}
+    if found is None and not template.has_statistics:
+        raise ValueError(
+            f"{source} has no norm_stats.json, and nothing else says how to normalise: give --norm_stats."
+        )
     if found is None:
-        facts["statistics"] = f"those of {template.origin}: {source} has no norm_stats.json"
+        facts["statistics"] = (
+            f"those of {template.origin}: {source} has no norm_stats.json, and --norm_stats gave none"
+        )
     else:
         facts["statistics"] = f"{apply_norm_stats(template.processors, read_norm_stats(found))}, from {found}"
     kept = replace(weights, set_aside={})

@@ -4,7 +4,8 @@ Frames are uint8 arrays (T, H, W, 3), RGB. PyAV's wheels carry libx264, so no sy
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def write_video(frames: Frames, path: str | Path, fps: float, *, quality: int = 
 
     Args:
         frames: (T, H, W, 3) uint8, T >= 1.
-        path: File to write, ending in ``.mp4``; it appears only when complete.
+        path: File to write, ending in ``.mp4``; it appears only when complete, and nothing is left of a failed one.
         fps: Frames per second, positive.
         quality: Constant rate factor of x264: 0 lossless … 51 worst.
 
@@ -38,6 +39,7 @@ def write_video(frames: Frames, path: str | Path, fps: float, *, quality: int = 
 
     Raises:
         ValueError: If the frames, the frame rate or the file name do not fit.
+        OSError: If the file cannot be written.
     """
     import av
 
@@ -48,9 +50,8 @@ def write_video(frames: Frames, path: str | Path, fps: float, *, quality: int = 
     _check_fps(fps)
     height, width = frames.shape[1:3]
     frames = np.pad(frames, ((0, 0), (0, height % 2), (0, width % 2), (0, 0)), mode="edge")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.stem}.partial.mp4")
-    with av.open(str(partial), "w", options={"movflags": "+faststart"}) as container:
+    options = {"movflags": "+faststart"}
+    with _complete_or_absent(file) as partial, av.open(str(partial), "w", options=options) as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -58,7 +59,6 @@ def write_video(frames: Frames, path: str | Path, fps: float, *, quality: int = 
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
-    os.replace(partial, file)
     return file
 
 
@@ -69,7 +69,7 @@ def write_gif(
 
     Args:
         frames: (T, H, W, 3) uint8, T >= 1.
-        path: File to write, ending in ``.gif``; it appears only when complete.
+        path: File to write, ending in ``.gif``; it appears only when complete, and nothing is left of a failed one.
         fps: Frames per second; GIF stores hundredths of a second and players cap at 50.
         width: Scale to this width in pixels, keeping the proportions.
         hold_last_s: How long the last frame stays, in seconds.
@@ -79,6 +79,7 @@ def write_gif(
 
     Raises:
         ValueError: If the frames, the frame rate or the file name do not fit.
+        OSError: If the file cannot be written.
     """
     frames = _checked(frames)
     file = Path(path)
@@ -95,13 +96,23 @@ def write_gif(
     indexed = [image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images]
     durations = [max(20, round(1000 / fps))] * len(indexed)
     durations[-1] = max(durations[-1], round(1000 * hold_last_s))
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.stem}.partial.gif")
-    indexed[0].save(
-        partial, save_all=True, append_images=indexed[1:], duration=durations, loop=0, optimize=False, disposal=1
-    )
-    os.replace(partial, file)
+    with _complete_or_absent(file) as partial:
+        indexed[0].save(
+            partial, save_all=True, append_images=indexed[1:], duration=durations, loop=0, optimize=False, disposal=1
+        )
     return file
+
+
+@contextmanager
+def _complete_or_absent(file: Path) -> Iterator[Path]:
+    """Gives a path beside the file; what is written there becomes the file, or is removed after an error."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    partial = file.with_name(f".{file.stem}.partial{file.suffix}")
+    try:
+        yield partial
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def side_by_side(

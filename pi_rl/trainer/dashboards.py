@@ -1,6 +1,8 @@
 """TensorBoard, Weights & Biases and Trackio: one record for the whole run, and films of evaluation episodes in it."""
 
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -12,7 +14,10 @@ from transformers.integrations import TensorBoardCallback, TrackioCallback, Wand
 from transformers.integrations.integration_utils import default_logdir
 
 from pi_rl.hub.videos import Frames, write_gif, write_video
+from pi_rl.progress import say
 from pi_rl.rollout.evaluator import evaluation_ids, record_episode
+from pi_rl.run_report import note_warning
+from pi_rl.secrets import redacted
 from pi_rl.trainer.sharding import is_sharded
 
 VIDEOS_NAME = "videos"
@@ -86,7 +91,8 @@ class EvaluationVideos(TrainerCallback):
 
     Every film is an episode of its own, from the initial state and the flow's noise of the evaluated one. The same
     states are filmed each time, of different tasks first. Training is not affected: every iteration resets its
-    environments.
+    environments, and a film that fails (full disk, renderer, a dashboard's client) is said, noted for the run's page
+    and left out.
 
     Args:
         trainer: Films with its model and environment.
@@ -115,24 +121,38 @@ class EvaluationVideos(TrainerCallback):
         trainer = self._trainer
         ids = evaluation_ids(trainer.env.spec, trainer.args.eval_episodes)[: trainer.args.eval_videos]
         for episode, reset_id in enumerate(ids):
-            film = self._film(episode, reset_id)
-            for callback in trainer.callback_handler.callbacks:
-                _hand_over(callback, film, f"eval/video/{episode}", state.global_step)
+            with _left_out_if_it_fails(f"The film of evaluation episode {episode}", args.output_dir):
+                film = self._film(episode, reset_id)
+                for callback in trainer.callback_handler.callbacks:
+                    _hand_over(callback, film, f"eval/video/{episode}", state.global_step)
 
     def _film(self, episode: int, reset_id: np.ndarray) -> Film:
         trainer = self._trainer
         env, args = trainer.env, trainer.args
         every = max(1, env.spec.fps // FRAMES_PER_SECOND)
         was_training = trainer.actor_critic.training
-        frames, success = record_episode(
-            trainer.actor_critic, env, trainer.io, reset_id, seed=args.eval_seed, size=FILM_SIZE, every=every
-        )
-        trainer.actor_critic.train(was_training)
+        try:
+            frames, success = record_episode(
+                trainer.actor_critic, env, trainer.io, reset_id, seed=args.eval_seed, size=FILM_SIZE, every=every
+            )
+        finally:
+            trainer.actor_critic.train(was_training)
         fps = env.spec.fps / every
         path = Path(args.output_dir) / VIDEOS_NAME / f"step-{trainer.env_steps}-episode-{episode}.mp4"
         write_video(frames, path, fps)
         instruction = env.spec.instruction(*reset_id.tolist())
         return Film(path, frames, fps, f"{instruction}: {'success' if success else 'failure'}")
+
+
+@contextmanager
+def _left_out_if_it_fails(what: str, folder: str) -> Iterator[None]:
+    """Says and notes what failed; training, which does not need it, goes on."""
+    try:
+        yield
+    except Exception as error:  # from encoders, renderers and three vendors' clients: of any type
+        text = redacted(f"{what} failed: {str(error) or type(error).__name__}. Training goes on.")
+        say(f"  {text}")
+        note_warning(folder, text)
 
 
 def _hand_over(callback: TrainerCallback, film: Film, name: str, step: int) -> None:

@@ -183,6 +183,19 @@ def test_a_base_that_is_not_recorded_must_be_given(capsys, policy_folders, tmp_p
     convert(capsys, run, tmp_path / "new", "--to", "adapter", "--base", policy_folders["pi0"])
 
 
+def test_folders_of_runs_stand_for_their_policies(capsys, runs, policy_folders, tools, tmp_path):
+    """The run with LoRA, and its base, which another run made."""
+    trained, policy = runs["pi0"]
+    for run, source in (("run", policy), ("earlier", policy_folders["pi0"])):
+        shutil.copytree(source, tmp_path / run / "policy")
+        (tmp_path / run / "pi_rl_config.yaml").write_text("num_envs: 4\n")
+    report = convert(capsys, tmp_path / "run", tmp_path / "adapter", "--to", "adapter", "--base", tmp_path / "earlier")
+    assert report["facts"]["base"] == str(tmp_path / "earlier" / "policy")
+    convert(capsys, tmp_path / "adapter", tmp_path / "merged", "--to", "merged", "--base", tmp_path / "earlier")
+    expected = tools.actions(trained.policy, trained.preprocessor, trained.postprocessor)
+    torch.testing.assert_close(tools.actions_of(tmp_path / "merged"), expected, rtol=0, atol=1e-5)
+
+
 def test_a_base_that_lerobot_would_not_load_is_refused(capsys, runs, policy_folders, tmp_path):
     _, run = runs["pi0"]
     base = shutil.copytree(policy_folders["pi0"], tmp_path / "base")

@@ -409,12 +409,63 @@ def test_damaged_statistics_are_refused(capsys, policy_folders, tools, tmp_path,
     assert [path.name for path in tmp_path.iterdir()] == ["o"]
 
 
+@pytest.mark.parametrize("inside", ["policy", "checkpoint-8"])
+def test_a_run_folder_stands_for_its_policy(capsys, folder, tools, tmp_path, inside):
+    run = tmp_path / "run"
+    shutil.copytree(folder, run / inside)
+    (run / "pi_rl_config.yaml").write_text("num_envs: 4\n")
+    there = convert(capsys, run, tmp_path / "openpi", "--to", "openpi")
+    assert sources(there) == stored_names(folder)
+    convert(capsys, tmp_path / "openpi", tmp_path / "back", "--to", "lerobot", "--like", run)
+    assert torch.equal(tools.actions_of(tmp_path / "back", folder), tools.actions_of(folder))
+    convert(capsys, run, tmp_path / "again", "--to", "lerobot")
+    assert torch.equal(tools.actions_of(tmp_path / "again"), tools.actions_of(folder))
+
+
+def test_a_run_folder_without_a_policy_is_refused(capsys, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "pi_rl_config.yaml").write_text("num_envs: 4\n")
+    text = refused(capsys, tmp_path / "run", tmp_path / "new", "--to", "openpi")
+    assert f"{tmp_path / 'run'} holds no policy" in text
+    assert "checkpoint-N" in text
+    assert not (tmp_path / "new").exists()
+
+
 def test_several_statistics_must_be_chosen_from(capsys, folder, tools, tmp_path):
     source = tools.write_openpi(tmp_path / "o", tools.openpi_tensors(folder), 1, tools.statistics())
     other = tools.write_stats(source / "assets" / "droid" / "norm_stats.json", tools.statistics(1))
     words = (source, tmp_path / "new", "--to", "lerobot", "--like", folder)
     assert "assets/droid/norm_stats.json" in refused(capsys, *words)
     convert(capsys, *words, "--norm_stats", other)
+
+
+def test_statistics_of_other_models_beside_a_weight_file_are_not_its_own(capsys, policy_folders, tools, tmp_path):
+    folder = policy_folders["pi0"]
+    models = tmp_path / "models"
+    tools.write_openpi(models / "other", tools.openpi_tensors(folder), 1, tools.statistics(1))
+    tools.write_stats(models / "libero" / "norm_stats.json", tools.statistics(2))
+    torch.save(tools.openpi_tensors(folder), models / "a.pt")
+    words = (models / "a.pt", "--to", "lerobot", "--like", folder)
+    report = convert(capsys, *words, tmp_path / "new")
+    assert report["facts"]["statistics"] == f"those of {folder}: {models / 'a.pt'} has no norm_stats.json, and " + (
+        "--norm_stats gave none"
+    )
+    own = tools.write_stats(
+        models / "assets" / "physical-intelligence" / "libero" / "norm_stats.json", tools.statistics()
+    )
+    assert convert(capsys, *words, tmp_path / "own")["facts"]["statistics"].endswith(f", from {own}")
+
+
+def test_statistics_of_an_rlinf_checkpoint_are_found_from_its_weight_file(capsys, policy_folders, tools, tmp_path):
+    folder = policy_folders["pi0"]
+    for name in ("model_state_dict/full_weights.pt", "actor/model_state_dict/full_weights.pt"):
+        root = tmp_path / name.replace("/", "-")
+        path = root / name
+        path.parent.mkdir(parents=True)
+        torch.save(tools.openpi_tensors(folder), path)
+        stats = tools.write_stats(root / "physical-intelligence" / "libero" / "norm_stats.json", tools.statistics())
+        report = convert(capsys, path, root / "new", "--to", "lerobot", "--like", folder)
+        assert report["facts"]["statistics"].endswith(f", from {stats}")
 
 
 def test_openpi_needs_means(capsys, tools, tmp_path):

@@ -160,6 +160,49 @@ def toy_trainer(mlp_folder, tmp_path):
         trainer.close()
 
 
+@pytest.fixture
+def filmed_trainer(small_pi0_folder, tmp_path):
+    """Makes trainers of a small π0 in MetaWorld, which film both evaluated episodes after each of two iterations."""
+    import torch
+
+    from pi_rl import FlowPPOConfig, FlowPPOTrainer
+    from pi_rl.run_report import RunLog
+
+    torch.set_num_threads(1)
+    made = []
+
+    def make(output_dir=tmp_path / "run", **overrides):
+        options = {
+            "output_dir": str(output_dir),
+            "use_cpu": True,
+            "seed": 3,
+            "num_iterations": 2,
+            "num_envs": 2,
+            "rollout_chunks": 2,
+            "per_device_train_batch_size": 4,
+            "update_epochs": 1,
+            "noise_std_min": 0.4,
+            "noise_std_max": 1.0,
+            "critic_hidden_sizes": [16],
+            "eval_episodes": 2,
+            "eval_videos": 2,
+            "eval_every_iterations": 1,
+            "eval_on_start": False,
+            "save_every_iterations": 1,
+            "disable_tqdm": True,
+            **overrides,
+        }
+        env, env_kwargs = "metaworld:handle-press-v3", {"image_size": 32, "fast_rendering": True, "hide_arm": True}
+        env_kwargs["max_episode_steps"] = 15
+        made.append(FlowPPOTrainer(str(small_pi0_folder), FlowPPOConfig(**options), env, env_kwargs))
+        made[-1].add_callback(RunLog(output_dir, env))
+        return made[-1]
+
+    yield make
+    for trainer in made:
+        trainer.close()
+
+
 def _log_without_times(history):
     timed = ("time/", "eval_runtime", "train_")
     return [{key: value for key, value in entry.items() if not key.startswith(timed)} for entry in history]

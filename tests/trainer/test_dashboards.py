@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from pi_rl import FlowPPOConfig, FlowPPOTrainer, load_policy, make_env
+from pi_rl.trainer import dashboards
 
 ITERATIONS, EPISODES, FILMS = 2, 4, 2
 TOKEN = "hf_abcdefghijklmnop"
@@ -180,6 +181,42 @@ def test_trackio_keeps_one_local_record(run):
     films = [row["eval/video/0"] for row in rows if "eval/video/0" in row]
     assert [film["_type"] for film in films] == ["trackio.video"] * 2
     assert len(frames_of(MEDIA_DIR / films[-1]["file_path"])) > 5
+
+
+def fails_the_first_time(act, error):
+    """The function, whose first call raises."""
+    left = [error]
+
+    def wrapped(*args, **kwargs):
+        if left:
+            raise left.pop()
+        return act(*args, **kwargs)
+
+    return wrapped
+
+
+def test_a_film_that_fails_is_left_out_and_training_goes_on(filmed_trainer, capsys, tmp_path, monkeypatch):
+    """First the renderer fails, then what a dashboard does; the other films and the training are as they would be."""
+    trainer = filmed_trainer(report_to=["tensorboard"])
+    monkeypatch.setattr(trainer.env, "render", fails_the_first_time(trainer.env.render, RuntimeError("no EGL display")))
+    refusal = ConnectionError(f"401 for {TOKEN}")
+    monkeypatch.setattr(dashboards, "_add_gif", fails_the_first_time(dashboards._add_gif, refusal))
+    trainer.train()
+    texts = [
+        "The film of evaluation episode 0 failed: no EGL display. Training goes on.",
+        "The film of evaluation episode 1 failed: 401 for hf_***. Training goes on.",
+    ]
+    printed = capsys.readouterr().out
+    assert all(text in printed for text in texts)
+    assert TOKEN not in printed
+    notes = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [note["warning"] for note in notes if "warning" in note] == texts
+    files = {path.name.rpartition("-")[2] for path in (tmp_path / "run" / "videos").iterdir()}
+    assert (files, len(list((tmp_path / "run" / "videos").iterdir()))) == ({"0.mp4", "1.mp4"}, 3)
+    plain = filmed_trainer(tmp_path / "plain", eval_videos=0)
+    plain.train()
+    for name, value in plain.actor_critic.named_parameters():
+        assert torch.equal(value, dict(trainer.actor_critic.named_parameters())[name]), name
 
 
 def test_films_need_pictures_and_episodes(mlp_folder, tmp_path):

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from pi_rl.hub.report_notes import notes_of
+from pi_rl.hub.run_record import read_run
 from pi_rl.trainer.checkpoint_folders import check_checkpoint, checkpoints
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
@@ -117,6 +119,25 @@ def test_a_disk_that_cannot_be_written_to_is_refused_before_anything_is_simulate
     assert refused.wait() == 2
     assert "cannot be written to (Read-only file system)" in refused.output
     assert "Baseline" not in refused.output
+
+
+@pytest.mark.usefixtures("mounts_work")
+def test_films_that_do_not_fit_on_the_disk_are_left_out_and_training_goes_on(filmed_trainer, fork, tmp_path):
+    """The films have a disk of their own, with room for none; checkpoints fit on the other one."""
+    disk, report = tmp_path / "run" / "videos", tmp_path / "report"
+    disk.mkdir(parents=True)
+    run = fork(on_small_disk(disk, "4k", lambda: filmed_trainer().train(), report))
+    assert run.wait() == 0, run.output
+    for episode in range(2):
+        assert run.output.count(f"The film of evaluation episode {episode} failed: ") == 2
+    assert "No space left on device" in run.output
+    assert list(report.iterdir()) == []
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-1", "checkpoint-2"]
+    record = read_run(tmp_path / "run")
+    assert len(record.iterations) == 2
+    films = [note.text for note in notes_of(record) if "film" in note.text]
+    assert all(text.endswith("Training goes on.") for text in films)
+    assert len(films) >= 2
 
 
 def test_a_folder_that_cannot_be_made_is_refused(toy_trainer, tmp_path):
