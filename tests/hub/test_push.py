@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard, constants, snapshot_download
 
 from pi_rl.hub.push import WAITS_S, check_repo_id, push_folder
-from pi_rl.hub.push_contents import checkpoint_contents, policy_contents
+from pi_rl.hub.push_contents import checkpoint_contents, policy_contents, without_machine
 from pi_rl.policies.checkpoints import load_policy
 
 REPO = "user/policy"
@@ -148,6 +148,8 @@ def test_a_runs_folder_gives_policy_results_curve_and_videos(folder):
     expected = {"pi_rl_config.yaml", "results.json", "learning_curve.png", "videos/task.mp4", "model.safetensors"}
     assert expected <= set(policy_contents(run, REPO).files)
     assert not [name for name in policy_contents(run, REPO).files if name.startswith("sft")]
+    (folder / "pi_rl_config.yaml").write_text("num_envs: 4\n")  # as every policy that a trainer saves
+    assert expected <= set(policy_contents(folder, REPO).files)
     checkpoint = shutil.copytree(folder, run / "checkpoint-8")
     assert "pi_rl_config.yaml" in policy_contents(checkpoint, REPO).files
     assert "results.json" not in policy_contents(checkpoint, REPO).files
@@ -176,6 +178,40 @@ def test_published_texts_hold_no_paths_and_no_tokens(hub_here, folder, monkeypat
     assert "https://huggingface.co/a/b" in card
     assert f"load {REPO}" in card
     assert "model: 'policy'" in held["pi_rl_config.yaml"].decode()
+
+
+@pytest.mark.parametrize(
+    ("text", "published"),
+    [
+        ("https://huggingface.co/datasets/user/demos", "https://huggingface.co/datasets/user/demos"),
+        ("a/datasets/b and ../datasets/c, ~/datasets/d", "a/datasets/b and ../datasets/c, ~/datasets/d"),
+        ("output_dir: /datasets/run", "output_dir: run"),
+        ("'/datasets/my run' PATH:/datasets/x file:///datasets/y", "'my run' PATH:x file://y"),
+    ],
+)
+def test_only_whole_paths_of_this_machine_are_shortened(text, published):
+    assert without_machine(text, ["/datasets"]) == published
+
+
+def test_an_adapter_is_pushed_when_others_can_load_its_base(hub_here, folder):
+    push(folder, "user/base")
+    for name in ("model.safetensors", "README.md"):
+        (folder / name).unlink()
+    adapter = {"base_model_name_or_path": str(folder), "peft_type": "LORA"}
+    (folder / "adapter_config.json").write_text(json.dumps(adapter))
+    with pytest.raises(ValueError, match=r"without adapter_model\.safetensors"):
+        policy_contents(folder, REPO)
+    (folder / "adapter_model.safetensors").write_bytes(b"factors")
+    for base in (str(folder), None, "", ["user/base"]):
+        (folder / "adapter_config.json").write_text(json.dumps({**adapter, "base_model_name_or_path": base}))
+        with pytest.raises(ValueError, match=r"need a Hub id.*--to merged"):
+            policy_contents(folder, REPO)
+    (folder / "adapter_config.json").write_text(json.dumps({**adapter, "base_model_name_or_path": "user/base"}))
+    push(folder)
+    held = hub_here.repos[REPO].files()
+    assert held["adapter_model.safetensors"] == b"factors"
+    assert json.loads(held["adapter_config.json"])["base_model_name_or_path"] == "user/base"
+    assert ModelCard(held["README.md"].decode()).data.base_model == "user/base"
 
 
 def test_the_uploaded_tokenizer_is_named_by_the_repository(hub_here, folder):

@@ -1,3 +1,4 @@
+import json
 import re
 from html.parser import HTMLParser
 
@@ -83,6 +84,18 @@ def test_a_run_that_goes_on_or_was_killed_says_how_far_it_is_and_how_to_continue
     assert "success so far" in page.text
     assert f"pi-rl train --resume {folder}" in page.text
     assert "press-v3" in page.text
+
+
+def test_a_trainers_folder_gets_no_commands_of_a_recipe(tmp_path):
+    folder = write_run(tmp_path / "run", history=full_history(4))
+    (folder / "checkpoint-16").mkdir()
+    (folder / "pi_rl_config.yaml").rename(folder / "checkpoint-16" / "pi_rl_config.yaml")
+    state = json.dumps({"global_step": 16, "log_history": full_history(4)})
+    (folder / "checkpoint-16" / "trainer_state.json").write_text(state)
+    (folder / "metrics.jsonl").unlink()
+    page = page_of(read_run(folder))
+    assert "flow_sde" in page.text  # the settings are found
+    assert "pi-rl train" not in page.text
 
 
 def test_a_run_that_has_only_begun_has_a_page(tmp_path):
