@@ -222,7 +222,9 @@ def checkpoint_contents(folder: str | Path, repo_id: str, inside: str) -> Conten
     left_out: dict[str, str] = {}
     for path in _all_files(checkpoint):
         name = path.relative_to(checkpoint).as_posix()
-        if path.suffix in _SUFFIXES:
+        if name == CARD_NAME:
+            left_out[f"{inside}/{name}"] = "the card is for the policy, at the root"
+        elif path.suffix in _SUFFIXES:
             chosen[name] = path
         else:
             left_out[f"{inside}/{name}"] = _reason(path)

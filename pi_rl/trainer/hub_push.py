@@ -59,7 +59,7 @@ class PushingTrainer(CheckpointedTrainer):
 
     hub_model_id: str | None
     _queue: PushQueue | None = None
-    _newest_pushes: dict[str | None, str]  # by branch: the command that pushes its newest
+    _newest_pushes: dict[str | None, str]  # by branch, what pushes the newest state there, until it is reported
     _left_out: _Push | None = None  # the newest checkpoint, if it was not pushed because a push went on
     _pushes_skipped: int = 0
     _failure_announced: bool = False
@@ -264,9 +264,8 @@ class PushingTrainer(CheckpointedTrainer):
         skipped, self._pushes_skipped = self._pushes_skipped, 0
         failed = [outcome for outcome in outcomes if outcome.error is not None]
         last = {outcome.command: outcome.error for outcome in outcomes}
-        missing = [
-            command for command in self._newest_pushes.values() if last.get(command, None if busy else "") is not None
-        ]
+        unknown = None if busy else "never begun"
+        missing = [command for command in self._newest_pushes.values() if last.get(command, unknown) is not None]
         parts = []
         if failed:
             parts.append(f"{len(failed)} of {len(outcomes)} pushes to the Hub failed; training went on.")

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard, constants, snapshot_download
 
-from pi_rl.hub.push import WAITS_S, check_repo_id, push_folder
-from pi_rl.hub.push_contents import checkpoint_contents, policy_contents, without_machine
+from pi_rl.hub.push import WAITS_S, check_repo_id, push_and_tell, push_folder
+from pi_rl.hub.push_contents import checkpoint_contents, contents_to_push, policy_contents, without_machine
 from pi_rl.policies.checkpoints import load_policy
+from tests.hub.hub_server import File
 
 REPO = "user/policy"
 TOKEN = "hf_abcdefghijABCDEFGHIJabcdefghijABCD"
@@ -82,6 +83,35 @@ def test_only_the_changed_file_is_sent(hub_here, folder):
     assert push(folder).changed
     assert hub_here.count("PUT") == 1
     assert hub_here.repos[REPO].files()["before_after.mp4"] == b"film"
+
+
+REPLACED = ["adapter_config.json", "adapter_model.safetensors", "results.json", "before_after.mp4", "videos/task.mp4",
+            "critic.safetensors", "model-00001-of-00002.safetensors", "adapter/adapter_config.json"]  # fmt: skip
+FOREIGN = ["teaser.mp4", "notes.md", "mine/results.json", "videos/deep/task.mp4", "adapter/more/model.safetensors",
+           "last-checkpoint/model.safetensors", ".gitattributes"]  # fmt: skip
+
+
+@pytest.mark.parametrize("revision", [None, "step-40"])
+def test_what_an_earlier_push_left_is_removed_in_the_same_commit(hub_here, folder, revision):
+    repo = hub_here.create(REPO)
+    repo.commit("main", {name: File(b"of another policy", lfs=False) for name in [*REPLACED, *FOREIGN]}, "Earlier")
+    outcome = push(folder, revision=revision)
+    held = repo.files(revision or "main")
+    assert set(outcome.removed) == set(REPLACED)
+    assert f"{len(REPLACED)} of an earlier push removed" in outcome.describe()
+    assert set(held) == {*outcome.files, *FOREIGN}
+    assert repo.messages == ["initial commit", "Earlier", "Upload policy"]
+    assert load_policy(REPO, revision=revision).policy.config.type == "pi0_small"
+    assert not push(folder, revision=revision).changed
+
+
+def test_a_removal_whose_answer_was_lost_is_not_made_twice(hub_here, folder):
+    repo = hub_here.create(REPO)
+    repo.commit("main", {"results.json": File(b"{}", lfs=False)}, "Earlier")
+    hub_here.fail("/commit/", 0)
+    assert push(folder).changed
+    assert repo.messages == ["initial commit", "Earlier", "Upload policy"]
+    assert "results.json" not in repo.files()
 
 
 def test_large_files_go_in_parts(hub_here, folder):
@@ -228,6 +258,22 @@ def test_a_tokenizer_outside_the_folder_is_refused(folder):
     (folder / "tokenizer.json").unlink()
     with pytest.raises(ValueError, match=r"tokenizer in .* not uploaded"):
         policy_contents(folder, REPO)
+
+
+def test_an_odd_folder_never_stops_the_run_that_pushes_it(folder, capsys):
+    (folder / "policy_preprocessor.json").write_text('{"stages": []}')
+    outcome = push_and_tell(folder, REPO)
+    assert outcome.refused
+    assert "steps" in outcome.error
+    assert f"pi-rl push {folder} --repo {REPO}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("whole", "told"), [("best", "named last-checkpoint or"), ("checkpoint-4", "no checkpoint of")]
+)
+def test_only_a_complete_checkpoint_is_pushed_whole(folder, whole, told):
+    with pytest.raises(ValueError, match=told):
+        contents_to_push(folder, REPO, whole)
 
 
 @pytest.mark.parametrize("name", ["policy", "a/b/c", "user/..", "user/na me", ""])

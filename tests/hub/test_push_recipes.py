@@ -57,8 +57,9 @@ def test_a_hub_that_refuses_everything_leaves_a_finished_run(hub, recipe):
     assert done.returncode == 0, done.stderr[-4000:]
     assert "could not be prepared" in done.stderr
     report = [line for line in done.stderr.splitlines() if "pushes to the Hub failed" in line]
-    assert len(report) == 1
-    assert f"pi-rl push {folder} --repo {REPO}" in report[0]
+    assert len(report) == 2  # after the training, and after the push of the result
+    assert f"pi-rl push {folder / 'checkpoint-2'} --repo {REPO}" in report[0]
+    assert f"pi-rl push {folder} --repo {REPO}" in report[1]
     for name in ("checkpoint-1", "checkpoint-2", "policy"):
         assert (folder / name / "model.safetensors").is_file()
     assert (folder / "results.json").is_file()

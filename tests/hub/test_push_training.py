@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shlex
 import shutil
 from pathlib import Path
 
@@ -11,8 +12,10 @@ from huggingface_hub import snapshot_download
 from transformers import TrainerCallback
 
 from pi_rl import FlowPPOConfig, FlowPPOTrainer, load_policy
-from pi_rl.hub.push_process import PushJob, PushProcess
+from pi_rl.cli.main import main
+from pi_rl.hub.push_process import PushJob, PushProcess, run_push
 from pi_rl.trainer import hub_push
+from tests.hub.hub_server import File
 
 REPO = "user/policy"
 
@@ -38,6 +41,10 @@ def config(tmp_path, **overrides):
     return FlowPPOConfig(**{**options, **overrides})
 
 
+def warnings_in(text):
+    return [line for line in text.splitlines() if line.startswith("warning:")]
+
+
 @pytest.fixture
 def train(mlp_folder, tmp_path):
     """Trains two iterations on a toy, with pushes; gives the trainer, still open."""
@@ -49,6 +56,7 @@ def train(mlp_folder, tmp_path):
         trainer.train(resume_from_checkpoint=resume)
         return trainer
 
+    run.made = made
     yield run
     for trainer in made:
         trainer.close()
@@ -77,6 +85,8 @@ def test_strategy_end_pushes_when_the_model_is_saved(hub_here, train, tmp_path):
 
 
 def test_strategy_checkpoint_adds_the_whole_checkpoint(hub_here, train, tmp_path):
+    of_an_adapted_run = {"last-checkpoint/adapter/adapter_config.json": File(b"{}", lfs=False)}
+    hub_here.create(REPO).commit("main", of_an_adapted_run, "Earlier")
     train(hub_strategy="checkpoint", hub_always_push=True, save_total_limit=1, hub_revision="runs")
     held = hub_here.repos[REPO].files("runs")
     inside = {name.removeprefix("last-checkpoint/") for name in held if name.startswith("last-checkpoint/")}
@@ -129,17 +139,73 @@ def test_a_hub_that_refuses_everything_stops_nothing(hub_here, train, tmp_path, 
     hub_here.fail("", 403, times=10_000)
     trainer = train(hub_always_push=True)
     run = tmp_path / "run"
+    told = warnings_in(capfd.readouterr().err)
+    assert "could not be prepared" in told[0]
+    assert "2 of 2 pushes to the Hub failed" in told[-1]  # also without close()
+    assert f"pi-rl push {run / 'checkpoint-2'} --repo {REPO}" in told[-1]
     assert trainer.state.global_step == 2
     assert {path.name for path in run.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
     load_policy(run / "checkpoint-2")
-    assert "could not be prepared" in capfd.readouterr().err
     outcome = trainer.push_saved(run / "checkpoint-2")
     assert outcome.error is not None
     trainer.close()
-    report = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning:")][-1]
-    assert "3 of 3 pushes to the Hub failed" in report
+    report = warnings_in(capfd.readouterr().err)[-1]
+    assert "1 of 1 pushes to the Hub failed" in report
     assert f"pi-rl push {run / 'checkpoint-2'} --repo {REPO}" in report
     assert hub_here.write_token not in report
+    trainer.close()
+    assert "pushes" not in capfd.readouterr().err  # each failure is told once
+
+
+@pytest.mark.slow
+def test_the_command_of_a_failed_push_repeats_exactly_that_push(hub_here, train, tmp_path, capfd):
+    hub_here.fail("/commit/", 403, times=2)
+    trainer = train(hub_strategy="checkpoint", num_iterations=1, hub_private_repo=True)
+    command = shlex.split(warnings_in(capfd.readouterr().err)[-1].partition("latest state: ")[2])
+    checkpoint = str(tmp_path / "run" / "checkpoint-1")
+    assert command == ["pi-rl", "push", checkpoint, "--repo", REPO, "--private", "--whole", "last-checkpoint"]
+    outcome = trainer.push_to_hub(revision="candidate")
+    assert shlex.split(outcome.command)[-2:] == ["--revision", "candidate"]
+    trainer.push_to_hub()
+    trainer.close()
+    report = warnings_in(capfd.readouterr().err)[-1]
+    assert "1 of 2 pushes to the Hub failed" in report
+    assert report.endswith(outcome.command)  # main has its push, the other branch has not
+    assert main(command[1:]) == 0
+    assert main(shlex.split(outcome.command)[1:]) == 0
+    repo = hub_here.repos[REPO]
+    assert "model.safetensors" in repo.files("candidate")
+    held = repo.files()
+    trainer._left_out = trainer._checkpoint_push(Path(checkpoint))
+    trainer._finish_current_push()
+    assert repo.files() == held  # the run's own push is the same
+    assert "last-checkpoint/optimizer.safetensors" in held
+
+
+def test_an_odd_folder_is_a_failed_push(hub_here, train, tmp_path):
+    trainer = train(num_iterations=1)
+    (tmp_path / "run" / "checkpoint-1" / "policy_preprocessor.json").write_text('{"stages": []}')
+    outcome = trainer.push_saved(tmp_path / "run" / "checkpoint-1")
+    assert "steps" in outcome.error
+    assert not list((tmp_path / "run").glob(".push-*"))
+
+
+class StopAt(TrainerCallback):
+    """Ends the training after a step, long before its last."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = state.global_step == self.step
+
+
+def test_a_push_after_a_training_that_stopped_early_is_waited_for(hub_here, train):
+    trainer = train(num_iterations=3, callbacks=[StopAt(1)], hub_strategy="end")
+    assert trainer.state.global_step < trainer.state.max_steps
+    trainer.push_to_hub("Early", blocking=False)
+    trainer.close()
+    assert hub_here.repos[REPO].messages == ["initial commit", "Early"]
 
 
 @pytest.mark.slow
@@ -147,9 +213,10 @@ def test_failures_before_a_success_are_reported_as_such(hub_here, train, capfd):
     hub_here.fail("/commit/", 403)
     trainer = train(hub_always_push=True)
     assert hub_here.repos[REPO].messages == ["initial commit", "Training in progress, step 2"]
-    trainer.close()
     assert "1 of 2 pushes to the Hub failed" in (told := capfd.readouterr().err)
-    assert "The last push succeeded" in told
+    assert "The Hub has the latest state" in told
+    trainer.close()
+    assert "pushes" not in capfd.readouterr().err
 
 
 class ReleaseAtSave(TrainerCallback):
@@ -165,11 +232,29 @@ class ReleaseAtSave(TrainerCallback):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("always", [False, True])
-def test_saves_during_a_push_are_left_out_or_wait_in_line(hub_here, train, always):
+def test_saves_during_a_push_are_left_out_or_wait_in_line(hub_here, train, always, capfd):
     hub_here.paused.clear()  # the first push waits for the answer to its commit
     train(num_iterations=3, hub_always_push=always, callbacks=[ReleaseAtSave(hub_here, 3)])
     steps = [message.rpartition(" ")[2] for message in hub_here.repos[REPO].messages[1:]]
-    assert steps == (["1", "2", "3"] if always else ["1"])
+    assert steps == (["1", "2", "3"] if always else ["1", "3"])  # the newest is never left out
+    told = "an earlier push went on: 1. The Hub has the latest state."
+    assert (told in capfd.readouterr().out) is not always
+
+
+def test_a_newest_checkpoint_that_was_left_out_is_named_when_the_training_breaks_off(hub_here, train, tmp_path, capfd):
+    class Break(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            if state.global_step == 2:
+                raise RuntimeError("broken off")
+
+    hub_here.paused.clear()
+    with pytest.raises(RuntimeError, match="broken off"):
+        train(callbacks=[Break()])
+    train.made[-1].close()
+    report = warnings_in(capfd.readouterr().err)[-1]
+    assert "the run ended first" in report
+    assert "an earlier push went on: 1" in report
+    assert f"pi-rl push {tmp_path / 'run' / 'checkpoint-2'} --repo {REPO}" in report
 
 
 def test_a_push_that_hangs_is_given_up(hub_here, train, tmp_path, monkeypatch, capfd):
@@ -177,7 +262,7 @@ def test_a_push_that_hangs_is_given_up(hub_here, train, tmp_path, monkeypatch, c
     hub_here.paused.clear()
     trainer = train(num_iterations=1)
     trainer.close()
-    assert "was not finished after" in capfd.readouterr().err
+    assert "was not finished after 1 s and" in capfd.readouterr().err
     assert not list((tmp_path / "run").glob(".push-*"))
     assert (tmp_path / "run" / "checkpoint-1" / "model.safetensors").is_file()
 
@@ -189,6 +274,22 @@ def test_a_push_process_that_dies_is_a_failure(tmp_path):
     process = PushProcess(job)
     assert "ended with code 1" in process.outcome(60).error
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(("code", "told"), [("print('hello')", None), ("os._exit(0)", "ended without an answer")])
+def test_what_libraries_print_is_no_answer_and_no_answer_is_a_failure(hub_here, tmp_path, monkeypatch, code, told):
+    """A module that Python imports at its start prints, or ends the process that pushes."""
+    (tmp_path / "sitecustomize.py").write_text(f"import os\n{code}\n")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *os.environ.get("PYTHONPATH", "").split(":")]))
+    (tmp_path / "notes.md").write_text("words")
+    outcome = run_push(PushJob(repo_id=REPO, command="", files={"notes.md": str(tmp_path / "notes.md")}), limit_s=60)
+    assert (told is None and outcome.error is None) or told in outcome.error
+    assert (told is None) == (REPO in hub_here.repos)
+
+
+def test_a_push_process_that_cannot_start_is_a_failure(monkeypatch):
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    assert "could not be started" in run_push(PushJob(repo_id=REPO, command="", files={}), limit_s=60).error
 
 
 @pytest.mark.slow

@@ -269,7 +269,16 @@ def test_a_tokenizer_elsewhere_may_need_no_code_either(copied, canary, tmp_path)
 
 def test_a_listing_of_good_names_is_downloaded():
     more = {"model-00001-of-00002.safetensors": MB, "adapter/adapter_config.json": 10, "tokenizer.model": 4 * MB}
-    left = {"optimizer.pt": 50 * MB, "code.py": 10, "notes.md": 5, ".gitattributes": 5, "film.mp4": MB}
+    more |= {"assets/task/norm_stats.json": 10, "checkpoints-of-mine/config.json": 10}
+    left = {"last-checkpoint/model.safetensors": MB, "checkpoint-40/optimizer.safetensors": 2 * MB}
+    left |= {
+        "last-checkpoint/adapter/adapter_config.json": 10,
+        "optimizer.pt": 50 * MB,
+        "code.py": 10,
+        "notes.md": 5,
+        ".gitattributes": 5,
+        "film.mp4": MB,
+    }
     assert names_to_download({**GOOD, **more, **left}.items(), "somebody/pi0") == [*GOOD, *more]
     assert names_to_download([("config.json", None)], "somebody/pi0") == ["config.json"]
 
