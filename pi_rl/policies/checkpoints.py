@@ -31,10 +31,13 @@ from pi_rl.policies.adapted_weights import adapted_weights, load_adapted_weights
 from pi_rl.policies.flow_policy import check_compatibility as check_compatibility
 from pi_rl.policies.lora import ADAPTER_CONFIG_FILE, MergedState, has_lora, save_adapter
 from pi_rl.policies.untrusted import (
+    POSTPROCESSOR_FILE,
+    PREPROCESSOR_FILE,
     TOKENIZER_FILES,
+    TOKENIZER_STEP,
     check_policy_folder,
-    check_tokenizer_name,
     download_policy,
+    load_tokenizer,
     read_json,
 )
 from pi_rl.policies.weight_files import INDEX_FILE, WEIGHTS_FILE, StoredWeights, shards_of, stored_weights
@@ -49,14 +52,12 @@ from pi_rl.policies.weights import (
 from pi_rl.policies.wrap import supported_config_types
 
 CONFIG_FILE = "config.json"
-PREPROCESSOR_FILE = "policy_preprocessor.json"
-POSTPROCESSOR_FILE = "policy_postprocessor.json"
 CRITIC_FILE = "critic.safetensors"
 NOISE_NETWORK_FILE = "noise_network.safetensors"
 ADAPTER_FOLDER = "adapter"
 # layers that LeRobot holds in bfloat16 when its dtype is that (norms and vision stay float32)
 _REDUCED_LAYERS = ("self_attn.q_proj.weight", "mlp.up_proj.weight")
-_TOKENIZER_STEP, _DEVICE_STEP = "tokenizer_processor", "device_processor"
+_DEVICE_STEP = "device_processor"
 
 
 @dataclass
@@ -302,7 +303,7 @@ def set_tokenizer_name(folder: str | Path, name: str) -> None:
     path = Path(folder) / PREPROCESSOR_FILE
     pipeline = read_json(path, "preprocessor")
     for step in pipeline["steps"]:
-        if step.get("registry_name") == _TOKENIZER_STEP:
+        if step.get("registry_name") == TOKENIZER_STEP:
             step["config"]["tokenizer_name"] = name
     path.write_text(json.dumps(pipeline, indent=2))
     path = Path(folder) / CONFIG_FILE
@@ -429,19 +430,18 @@ def _read_processors(
     overrides: dict[str, dict[str, Any]] = {}
     if _DEVICE_STEP in steps:
         overrides[_DEVICE_STEP] = {"device": config.device}
-    tokenizer = steps.get(_TOKENIZER_STEP, {}).get("tokenizer_name")
-    if _TOKENIZER_STEP in steps and has_tokenizer_files(folder):
-        tokenizer = str(folder)
-        overrides[_TOKENIZER_STEP] = {"tokenizer_name": tokenizer}
-    elif _TOKENIZER_STEP in steps:
-        check_tokenizer_name(tokenizer, folder / PREPROCESSOR_FILE)
+    if TOKENIZER_STEP in steps:
+        name = str(folder) if has_tokenizer_files(folder) else steps[TOKENIZER_STEP].get("tokenizer_name")
+        tokenizer = load_tokenizer(name, folder / PREPROCESSOR_FILE)
+        overrides[TOKENIZER_STEP] = {"tokenizer_name": name, "tokenizer": tokenizer}
     try:
-        return make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=overrides)
+        processors = make_pre_post_processors(config, pretrained_path=str(folder), preprocessor_overrides=overrides)
     except Exception as error:  # LeRobot wraps every cause in its own ValueError
-        raise RuntimeError(
-            f"The processors of {folder} could not be built (tokenizer {tokenizer!r}): {error}\nIf the tokenizer is "
-            "the cause, accept its licence and log in to the Hub, or put its files into the folder."
-        ) from error
+        raise RuntimeError(f"The processors of {folder} could not be built: {error}") from error
+    for step in processors[0].steps:
+        if isinstance(step, TokenizerProcessorStep):
+            step.tokenizer = None  # it has it as input_tokenizer, and would be saved without its name
+    return processors
 
 
 def _tokenizer_source(preprocessor: PolicyProcessorPipeline, source: str | Path | None) -> Path | None:

@@ -6,20 +6,22 @@ its tokenizer must be installed ones. A file lies in the folder, under a plain n
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import httpx
-from huggingface_hub import HfApi, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     HfHubHTTPError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
     RevisionNotFoundError,
 )
 from lerobot.processor import ProcessorStepRegistry
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pi_rl.progress import say
 
 MB = 10**6
 LARGEST = {".json": 100 * MB, ".model": 100 * MB, ".jinja": MB, ".md": 10 * MB, ".safetensors": 100_000 * MB}
@@ -51,7 +53,8 @@ _LEROBOT_STEPS = frozenset(
         "unnormalizer_processor",
     }
 )
-_PROCESSOR_FILES = ("policy_preprocessor.json", "policy_postprocessor.json")
+PREPROCESSOR_FILE, POSTPROCESSOR_FILE = "policy_preprocessor.json", "policy_postprocessor.json"
+TOKENIZER_STEP = "tokenizer_processor"
 _CODE_KEYS = ("auto_map", "custom_pipelines")
 WHOLE_CHECKPOINT = re.compile(r"last-checkpoint|checkpoint-\d+")
 """Folders of a repository that hold a run's whole state beside its policy."""
@@ -65,7 +68,7 @@ _CONVERT = (
 def download_policy(hub_id: str, revision: str | None = None) -> Path:
     """Downloads a policy from the Hub, after a look at the names and sizes of its files.
 
-    Where the Hub does not answer, or refuses to, the copy in its cache is used.
+    Where the Hub does not answer, or refuses to, the copy in its cache is used, with a line that says so.
 
     Args:
         hub_id: "user/name".
@@ -79,28 +82,44 @@ def download_policy(hub_id: str, revision: str | None = None) -> Path:
         OSError: The Hub has no such repository or revision, it may not be read, or it cannot be reached and the cache
             has no copy.
     """
+    return _download(hub_id, revision, [f"*{suffix}" for suffix in LARGEST if suffix != ".md"], lambda name: True)
+
+
+def _download(hub_id: str, revision: str | None, cached: Sequence[str], wanted: Callable[[str], bool]) -> Path:
+    """Downloads what is wanted of a repository, unless it is refused; ``cached`` are the patterns for a copy of it."""
     try:
-        listed = HfApi().model_info(hub_id, revision=revision, files_metadata=True).siblings or []
+        info = HfApi().model_info(hub_id, revision=revision, files_metadata=True)
     except RevisionNotFoundError:
         raise
     except (httpx.ConnectError, httpx.TimeoutException, OfflineModeIsEnabled, HfHubHTTPError) as error:
-        return _cached_policy(hub_id, revision, error)
-    names = names_to_download(((file.rfilename, file.size) for file in listed), hub_id)
-    return Path(snapshot_download(hub_id, revision=revision, allow_patterns=names))
+        return _cached(hub_id, revision, cached, error)
+    listed = ((file.rfilename, file.size) for file in info.siblings or [] if wanted(file.rfilename))
+    # the commit that was listed: a branch may have moved since
+    folder = Path(snapshot_download(hub_id, revision=info.sha, allow_patterns=names_to_download(listed, hub_id)))
+    if revision != info.sha:  # so that the cache knows the branch without the Hub
+        reference = folder.parents[1] / "refs" / (revision or "main")
+        reference.parent.mkdir(parents=True, exist_ok=True)
+        reference.write_text(folder.name)
+    return folder
 
 
-def _cached_policy(hub_id: str, revision: str | None, reason: Exception) -> Path:
+def _cached(hub_id: str, revision: str | None, patterns: Sequence[str], reason: Exception) -> Path:
     """The copy of an earlier download; `reason` is why there is none from the Hub itself."""
-    kinds = [f"*{suffix}" for suffix in LARGEST if suffix != ".md"]
     try:
-        return Path(snapshot_download(hub_id, revision=revision, local_files_only=True, allow_patterns=kinds))
+        folder = Path(
+            snapshot_download(hub_id, revision=revision, local_files_only=True, allow_patterns=list(patterns))
+        )
     except LocalEntryNotFoundError:
         if isinstance(reason, HfHubHTTPError):
             raise reason from None
         raise ConnectionError(
             f"{hub_id} is not in the Hub's cache on this computer, and the Hub cannot be reached ({reason}). Connect, "
-            "unset HF_HUB_OFFLINE if it is set, or give the folder of a policy."
+            "unset HF_HUB_OFFLINE if it is set, or give a folder."
         ) from reason
+    if not isinstance(reason, OfflineModeIsEnabled):
+        said = (str(reason).splitlines() or [type(reason).__name__])[0]
+        say(f"The Hub did not give {hub_id} ({said}); commit {folder.name[:8]} from its cache is used.")
+    return folder
 
 
 def names_to_download(files: Iterable[tuple[str, int | None]], source: str) -> list[str]:
@@ -151,12 +170,8 @@ def check_policy_folder(folder: Path) -> None:
         _check_place(path, folder)
         _check_size(str(path), path.stat().st_size, LARGEST[path.suffix])
     _check_pickles([path.name for path in folder.iterdir() if path.is_file()], str(folder))
-    if (folder / "config.json").is_file():
-        read_json(folder / "config.json", "configuration")
-    for name in TOKENIZER_FILES:  # tokenizer.json is data to the tokenizers library, which knows no code
-        if name.endswith(".json") and name != "tokenizer.json" and (folder / name).is_file():
-            read_json(folder / name, "tokenizer configuration")
-    for name in _PROCESSOR_FILES:
+    _check_tokenizer_files(folder)
+    for name in (PREPROCESSOR_FILE, POSTPROCESSOR_FILE):
         if (folder / name).is_file():
             _check_steps(folder / name)
 
@@ -193,35 +208,51 @@ def read_json(path: Path, what: str) -> dict[str, Any]:
     return value
 
 
-def check_tokenizer_name(name: Any, place: Path) -> None:
-    """Refuses a tokenizer that needs code of its own, or that is named by a path out of a folder.
+def load_tokenizer(name: Any, place: Path) -> PreTrainedTokenizerBase:
+    """Loads a tokenizer without running code of its own.
 
     Args:
         name: Hub id, or a folder of this machine.
         place: The file that names it.
 
     Raises:
-        ValueError: As above.
+        ValueError: It needs code of its own, a file of it is absurdly large, or it is named by a path out of a folder.
+        RuntimeError: It cannot be downloaded or read.
     """
     fix = f"Change tokenizer_name in {place} to a Hub id, or put the tokenizer's files beside it."
     if not isinstance(name, str) or not name:
         raise ValueError(f"{place} has tokenizer_name={name!r}, which is no text. {fix}")
-    path = Path(name)
-    if not path.is_absolute() and not (_HUB_ID.fullmatch(name) and ".." not in name):
-        raise ValueError(f"{place} has tokenizer_name={name!r}, which is neither a Hub id nor an absolute path. {fix}")
-    if path.is_dir():
-        for file in ("tokenizer_config.json", "config.json"):
-            if (path / file).is_file():
-                read_json(path / file, "tokenizer configuration")
-    elif not path.is_absolute():
-        for file in ("tokenizer_config.json", "config.json"):
-            try:
-                read_json(Path(hf_hub_download(name, file)), "tokenizer configuration")
-            except (
-                EntryNotFoundError,
-                OSError,
-            ):  # there is no such file; what else is wrong, the tokenizer's loader says
-                continue
+    folder = Path(name)
+    if not folder.is_absolute():
+        if not _HUB_ID.fullmatch(name) or ".." in name:
+            raise ValueError(
+                f"{place} has tokenizer_name={name!r}, which is neither a Hub id nor an absolute path. {fix}"
+            )
+        files = (*TOKENIZER_FILES, "config.json")
+        try:
+            folder = _download(name, None, files, lambda file: file in files)
+        except (OSError, httpx.HTTPError) as error:
+            raise _tokenizer_error(name, place, error) from error
+    _check_tokenizer_files(folder)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library has errors of its own
+        raise _tokenizer_error(name, place, error) from error
+
+
+def _tokenizer_error(name: str, place: Path, error: Exception) -> RuntimeError:
+    return RuntimeError(
+        f"The tokenizer {name!r} of {place} cannot be loaded: {error}\nAccept its licence and log in to the Hub, or "
+        "put its files into the policy's folder."
+    )
+
+
+def _check_tokenizer_files(folder: Path) -> None:
+    for path in (folder / name for name in (*TOKENIZER_FILES, "config.json")):
+        if path.is_file():
+            _check_size(str(path), path.stat().st_size, LARGEST[path.suffix])
+            if path.suffix == ".json" and path.name != "tokenizer.json":  # which is data to a library that runs none
+                read_json(path, "tokenizer configuration" if path.name != "config.json" else "configuration")
 
 
 def _check_steps(path: Path) -> None:
@@ -229,6 +260,7 @@ def _check_steps(path: Path) -> None:
     steps = read_json(path, "processor").get("steps")
     if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
         raise ValueError(f"{path} must list its steps, got {_short(steps)}; copy or download it again.")
+    _check_tokenizer_steps(path, [step.get("registry_name") for step in steps])
     for step in steps:
         name, config, state = step.get("registry_name"), step.get("config", {}), step.get("state_file", "")
         if not isinstance(name, str) or not _is_known(name):
@@ -245,6 +277,16 @@ def _check_steps(path: Path) -> None:
                 f"The step {name} in {path} names the state file {_short(state)}; it may name a .safetensors file "
                 "beside it only."
             )
+
+
+def _check_tokenizer_steps(path: Path, names: list[Any]) -> None:
+    """Refuses more tokenizers than the one that is checked before it is loaded."""
+    allowed = 1 if path.name == PREPROCESSOR_FILE else 0
+    if names.count(TOKENIZER_STEP) > allowed:
+        raise ValueError(
+            f"{path} has {names.count(TOKENIZER_STEP)} steps {TOKENIZER_STEP}; at most {allowed} is allowed there. "
+            "Remove the others, or have the policy's author do so."
+        )
 
 
 def _is_known(name: str) -> bool:

@@ -13,9 +13,9 @@ from lerobot.processor import ObservationProcessorStep, PolicyProcessorPipeline,
 
 from pi_rl.cli.main import main
 from pi_rl.pipeline import RecipeError, run_recipe
-from pi_rl.policies.checkpoints import load_policy
-from pi_rl.policies.untrusted import check_policy_folder, check_tokenizer_name, names_to_download, read_json
-from tests.cli.servers import Contents, serve
+from pi_rl.policies.checkpoints import load_policy, save_policy, set_tokenizer_name
+from pi_rl.policies.untrusted import LARGEST, check_policy_folder, load_tokenizer, names_to_download, read_json
+from tests.cli.servers import COMMIT, Contents, serve
 
 MB = 10**6
 GOOD = {"config.json": 2000, "model.safetensors": 7000 * MB, "policy_preprocessor.json": 900, "README.md": 5000}
@@ -150,6 +150,33 @@ def test_code_of_its_own_is_never_run(copied, canary, module, file, entry):
     assert "never run" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "count", "allowed"), [("policy_preprocessor.json", 2, 1), ("policy_postprocessor.json", 1, 0)]
+)
+@pytest.mark.parametrize("evil_first", [True, False])
+def test_a_second_tokenizer_cannot_bring_code(copied, canary, module, monkeypatch, name, count, allowed, evil_first):
+    """Transformers would ask whether to run it, and take a piped "y" for an answer."""
+    evil = copied.parent / "evil"
+    evil.mkdir()
+    (evil / "evil_step.py").write_text(f"import os\nos.mknod({str(canary)!r})\nclass Step: pass\n")
+    (evil / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil_step.Step", null]}}')
+    step = {"registry_name": "tokenizer_processor", "config": {"tokenizer_name": str(evil)}}
+    edit(copied / name, lambda pipeline: pipeline["steps"].insert(0 if evil_first else len(pipeline["steps"]), step))
+    monkeypatch.setattr("builtins.input", lambda prompt="": "y")
+    message = refused(copied, canary, rf"{name} has {count} steps tokenizer_processor")
+    assert f"at most {allowed} is allowed there" in message
+
+
+def test_transformers_is_never_let_ask(copied, monkeypatch):
+    """The files pass our check here, so that only what Transformers is told stands between."""
+    entry = {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
+    edit(copied / "tokenizer_config.json", lambda value: {**value, **entry})
+    monkeypatch.setattr("pi_rl.policies.untrusted._check_tokenizer_files", lambda folder: None)
+    monkeypatch.setattr("builtins.input", lambda prompt="": pytest.fail(f"asked: {prompt}"))
+    with pytest.raises(RuntimeError, match="trust_remote_code"):
+        load_tokenizer(str(copied), copied / "policy_preprocessor.json")
+
+
 def test_a_foreign_type_is_refused(copied, canary):
     edit(copied / "config.json", lambda config: {**config, "type": "os.system"})
     refused(copied, canary, r"has type 'os.system'; supported types are")
@@ -264,7 +291,67 @@ def test_a_tokenizer_elsewhere_may_need_no_code_either(copied, canary, tmp_path)
     other.mkdir()
     (other / "tokenizer_config.json").write_text('{"auto_map": {"AutoTokenizer": ["evil_step.Step", null]}}')
     with pytest.raises(ValueError, match="asks for code of its own"):
-        check_tokenizer_name(str(other), copied / "policy_preprocessor.json")
+        load_tokenizer(str(other), copied / "policy_preprocessor.json")
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The real client and a server on this computer; gives the server's contents."""
+    from huggingface_hub import constants, hf_api
+
+    contents = Contents()
+    with serve(contents) as url:
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(hf_api, "api", hf_api.HfApi(endpoint=url))
+        yield contents
+
+
+@pytest.fixture
+def with_hub_tokenizer(copied, hub):
+    """A policy whose tokenizer is on the Hub; gives the tokenizer's files there."""
+    files = {path.name: path.read_bytes() for path in copied.glob("*token*") if path.suffix == ".json"}
+    assert {"tokenizer.json", "tokenizer_config.json"} <= set(files)
+    for name in files:
+        (copied / name).unlink()
+    set_tokenizer_name(copied, "somebody/tokenizer")
+    hub.repos["models/somebody/tokenizer"] = files
+    return files
+
+
+def test_a_tokenizer_on_the_hub_is_read_and_stays_named_by_its_id(copied, with_hub_tokenizer, hub, tmp_path):
+    with_hub_tokenizer["model.safetensors"] = with_hub_tokenizer["code.py"] = b"1"
+    loaded = load_policy(copied)
+    saved = save_policy(tmp_path / "saved", loaded.policy, loaded.preprocessor, loaded.postprocessor)
+    assert '"somebody/tokenizer"' in (saved / "policy_preprocessor.json").read_text()
+    asked = [path for _, path, _ in hub.seen if "/resolve/" in path]
+    assert not any(path.endswith((".safetensors", ".py")) for path in asked)
+    assert {path.split("/")[4] for path in asked} == {COMMIT}  # what was listed, not what a branch is by now
+
+
+def test_a_tokenizer_on_the_hub_may_need_no_code(copied, with_hub_tokenizer, canary):
+    with_hub_tokenizer["tokenizer_config.json"] = b'{"auto_map": {"AutoTokenizer": ["evil_step.Step", null]}}'
+    refused(copied, canary, "tokenizer_config.json asks for code of its own")
+
+
+def test_a_huge_tokenizer_on_the_hub_is_not_asked_for(copied, with_hub_tokenizer, hub, canary, monkeypatch):
+    monkeypatch.setitem(LARGEST, ".json", len(with_hub_tokenizer["tokenizer.json"]) - 1)
+    (copied / "tokenizer_config.json").unlink(missing_ok=True)
+    with pytest.raises(ValueError, match=r"tokenizer.json of somebody/tokenizer has .* is not read"):
+        load_tokenizer("somebody/tokenizer", copied / "policy_preprocessor.json")
+    assert not [path for _, path, _ in hub.seen if "/resolve/" in path]
+
+
+def test_the_use_of_a_cached_copy_is_said(copied, with_hub_tokenizer, hub, capsys):
+    load_policy(copied)
+    assert "from its cache is used" not in capsys.readouterr().out
+    hub.refuse["/api/models/somebody/tokenizer/revision/main"] = [401, 401]
+    hub.refuse["/api/models/somebody/tokenizer"] = [401, 401]
+    load_policy(copied)
+    assert "The Hub did not give somebody/tokenizer (" in (said := capsys.readouterr().out)
+    assert f"commit {COMMIT[:8]} from its cache is used" in said
 
 
 def test_a_listing_of_good_names_is_downloaded():
