@@ -74,6 +74,8 @@ def test_refusals_are_code_2_and_failures_code_1(hub_here, folder, capsys, monke
         (["policy", "--repo", "policy"], "user/name"),
         (["policy", "--repo", REPO, "--message", " "], "--message is empty"),
         (["policy", "--repo", REPO, "--token", "x"], "not an option"),
+        (["policy", "--repo", REPO, "--whole", "best"], "named last-checkpoint or checkpoint-N"),
+        (["policy", "--repo", REPO, "--whole", "checkpoint-4"], "no checkpoint of a training run"),
         (["policy"], "--repo"),
     ],
 )
