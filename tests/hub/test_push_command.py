@@ -114,7 +114,7 @@ def test_a_user_pushes_downloads_and_evaluates_with_both_packages(hub, tmp_path,
     ended_well(run_client(hub, home, BIN / "hf", "download", REPO, "--local-dir", local))
     assert (local / "model.safetensors").read_bytes() == hub.repos[REPO].files()["model.safetensors"]
 
-    env = ["--env", "metaworld:handle-press-v3", "--env_options", "max_episode_steps=6"]
+    env = ["--env", "metaworld:handle-press-v3", "--env_options", "max_episode_steps=50"]
     words = [
         "eval",
         "--policy",
