@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard, constants, snapshot_download
 
 from pi_rl.hub.push import WAITS_S, check_repo_id, push_and_tell, push_folder
-from pi_rl.hub.push_contents import checkpoint_contents, contents_to_push, policy_contents, without_machine
+from pi_rl.hub.push_contents import checkpoint_contents, policy_contents, without_machine
 from pi_rl.policies.checkpoints import load_policy
 from tests.hub.hub_server import File
 
@@ -266,14 +266,6 @@ def test_an_odd_folder_never_stops_the_run_that_pushes_it(folder, capsys):
     assert outcome.refused
     assert "steps" in outcome.error
     assert f"pi-rl push {folder} --repo {REPO}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("whole", "told"), [("best", "named last-checkpoint or"), ("checkpoint-4", "no checkpoint of")]
-)
-def test_only_a_complete_checkpoint_is_pushed_whole(folder, whole, told):
-    with pytest.raises(ValueError, match=told):
-        contents_to_push(folder, REPO, whole)
 
 
 @pytest.mark.parametrize("name", ["policy", "a/b/c", "user/..", "user/na me", ""])

@@ -74,6 +74,8 @@ def test_refusals_are_code_2_and_failures_code_1(hub_here, folder, capsys, monke
         (["policy", "--repo", "policy"], "user/name"),
         (["policy", "--repo", REPO, "--message", " "], "--message is empty"),
         (["policy", "--repo", REPO, "--token", "x"], "not an option"),
+        (["policy", "--repo", REPO, "--whole", "best"], "named last-checkpoint or checkpoint-N"),
+        (["policy", "--repo", REPO, "--whole", "checkpoint-4"], "no checkpoint of a training run"),
         (["policy"], "--repo"),
     ],
 )
@@ -112,7 +114,7 @@ def test_a_user_pushes_downloads_and_evaluates_with_both_packages(hub, tmp_path,
     ended_well(run_client(hub, home, BIN / "hf", "download", REPO, "--local-dir", local))
     assert (local / "model.safetensors").read_bytes() == hub.repos[REPO].files()["model.safetensors"]
 
-    env = ["--env", "metaworld:handle-press-v3", "--env_options", "max_episode_steps=6"]
+    env = ["--env", "metaworld:handle-press-v3", "--env_options", "max_episode_steps=50"]
     words = [
         "eval",
         "--policy",
