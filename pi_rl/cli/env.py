@@ -59,10 +59,7 @@ def describe() -> dict[str, dict[str, Any]]:
             "simulators": _simulators(),
             "dashboards": {name: _version(name) for name in DASHBOARDS},
         }
-        topics["renderers"] = {
-            name: f"does not draw: {problem}" if (problem := answer.result()) else "draws"
-            for name, answer in problems.items()
-        }
+        topics["renderers"] = {name: _drawing(answer.result()) for name, answer in problems.items()}
     return {
         **topics,
         "hugging face": _hugging_face(),
@@ -175,13 +172,21 @@ def _renderers() -> dict[str, Callable[[str, float], str | None]]:
     return found
 
 
+def _drawing(problem: str | None) -> str:
+    if problem is None:
+        return "draws"
+    from pi_rl.hub.push_contents import without_machine  # slow to import
+
+    return f"does not draw: {without_machine(problem, [str(Path.home())])}"
+
+
 def _hugging_face() -> dict[str, Any]:
     from huggingface_hub import constants, get_token
 
     cache = Path(constants.HF_HUB_CACHE)
     existing = next(folder for folder in (cache, *cache.parents) if folder.exists())
     return {
-        "cache": _without_home(cache),
+        "cache": _without_user_names(cache),
         "free disk": _gigabytes(disk_usage(existing).free),
         "HF_ENDPOINT set": "HF_ENDPOINT" in os.environ,
         "logged in": get_token() is not None,
@@ -198,8 +203,9 @@ def _accelerate() -> dict[str, Any]:
     return {"default config": {name: str(getattr(config, name, None)) for name in names}}
 
 
-def _without_home(path: Path) -> str:
-    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else str(path)
+def _without_user_names(path: Path) -> str:
+    """A path below the home folder; others often begin with a user's name, as in /scratch."""
+    return f"~/{path.relative_to(Path.home())}" if path.is_relative_to(Path.home()) else "outside the home folder"
 
 
 def _gigabytes(count: int) -> str:

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from pi_rl.__about__ import __version__
 from pi_rl.cli import env as env_command
@@ -153,6 +154,24 @@ def test_env_says_what_a_report_needs(capsys, monkeypatch):
     assert shown.startswith("```text\npi_rl\n")
     assert shown.endswith("\n```")
     assert f"mujoco {found['simulators']['MetaWorld']['mujoco']}" in shown
+
+
+@pytest.mark.parametrize(
+    ("place", "shown"), [("scratch/alice/hub", "outside the home folder"), ("home/alice/hub", "~/hub")]
+)
+def test_env_shows_no_user_names(capsys, monkeypatch, tmp_path, place, shown):
+    (tmp_path / "home" / "alice").mkdir(parents=True)
+    monkeypatch.setenv("HOME", str(tmp_path / "home" / "alice"))
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / place))
+    library = tmp_path / "home" / "alice" / "conda" / "lib.so"
+    monkeypatch.setattr(env_command, "_renderers", lambda: {"egl": lambda *_: f"ImportError: {library}: not found"})
+    assert main(["env", "--json"]) == 0
+    text = capsys.readouterr().out
+    found = json.loads(text)
+    assert found["hugging face"]["cache"] == shown
+    assert found["renderers"]["egl"].startswith("does not draw: ImportError: ")
+    assert "lib.so: not found" in found["renderers"]["egl"]
+    assert "alice" not in text
 
 
 def test_a_renderer_that_does_not_draw_says_why(monkeypatch):

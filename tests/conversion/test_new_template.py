@@ -1,5 +1,6 @@
 """openpi's weights without a LeRobot policy like them: configuration and processors from a few options."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -11,6 +12,8 @@ from lerobot.policies.pi05.processor_pi05 import Pi05PrepareStateTokenizerProces
 from pi_rl.cli.main import main
 from pi_rl.conversion.new_template import NewPolicy, new_template
 from pi_rl.conversion.norm_stats import apply_norm_stats, read_norm_stats
+from pi_rl.conversion.sources import open_weights
+from pi_rl.conversion.to_lerobot import convert_to_lerobot, template_like
 from pi_rl.policies.checkpoints import read_without_weights, write_policy_folder
 from pi_rl.policies.weight_files import stored_weights
 
@@ -99,3 +102,20 @@ def test_weights_of_another_size_are_refused(capsys, policy_folders, tmp_path):
     assert "wrong shape" in message
     assert not (tmp_path / "new").exists()
     assert json.loads((policy_folders["pi0"] / "config.json").read_text())["type"] == "pi0_small"
+
+
+def test_without_statistics_options_alone_are_refused(policy_folders, tools, tmp_path):
+    """Weights that a few options could describe have the published size; a small policy's template stands for them."""
+    folder = policy_folders["pi0"]
+    from_options = new_template("pi0", stored_weights(folder), policy(folder))
+    assert not from_options.has_statistics
+    source = tools.write_openpi(tmp_path / "o", tools.openpi_tensors(folder))
+    template = dataclasses.replace(template_like(folder), has_statistics=from_options.has_statistics)
+    words = (open_weights(source), source, tmp_path / "new", template)
+    with pytest.raises(
+        ValueError, match=r"has no norm_stats\.json, and nothing else says how to normalise: give --norm_st"
+    ):
+        convert_to_lerobot(*words)
+    assert not (tmp_path / "new").exists()
+    convert_to_lerobot(*words, norm_stats=tools.write_stats(tmp_path / "mine.json", tools.statistics()))
+    assert (tmp_path / "new" / "config.json").is_file()

@@ -198,7 +198,9 @@ def fails_the_first_time(act, error):
 def test_a_film_that_fails_is_left_out_and_training_goes_on(filmed_trainer, capsys, tmp_path, monkeypatch):
     """First the renderer fails, then what a dashboard does; the other films and the training are as they would be."""
     trainer = filmed_trainer(report_to=["tensorboard"])
-    monkeypatch.setattr(trainer.env, "render", fails_the_first_time(trainer.env.render, RuntimeError("no EGL display")))
+    monkeypatch.setattr(
+        trainer.env, "render", fails_the_first_time(trainer.env.render, RuntimeError("no EGL display"))
+    )
     refusal = ConnectionError(f"401 for {TOKEN}")
     monkeypatch.setattr(dashboards, "_add_gif", fails_the_first_time(dashboards._add_gif, refusal))
     trainer.train()
