@@ -47,6 +47,7 @@ _LEROBOT_STEPS = frozenset(
         "pi0_new_line_processor",
         "relative_actions_processor",
         "rename_observations_processor",
+        "smolvla_new_line_processor",
         "to_batch_processor",
         "tokenizer_processor",
         "unnormalizer_processor",
