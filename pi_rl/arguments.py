@@ -30,7 +30,7 @@ from pi_rl.argument_values import (
     load_yaml,
     to_plain,
 )
-from pi_rl.secrets import redacted, redacted_words
+from pi_rl.secrets import HIDDEN, redacted, redacted_value, redacted_words, without_hub_tokens
 
 INHERITED_GROUP = "Hugging Face TrainingArguments"
 CONFIG_NAME = "pi_rl_config.yaml"
@@ -139,6 +139,11 @@ def parse_recipe_arguments(
     for key, value in (defaults or {}).items():
         values[key] = _checked(options, key, value, "in the recipe's defaults")
     for key, (value, place) in (_read_config(file, ()) if file is not None else {}).items():
+        if key not in given and redacted_value(value, lambda text: text.replace(HIDDEN, "")) != value:
+            raise ArgumentsError(
+                f"{key} in {place} has {HIDDEN} in place of an access token, which is never written. Give --{key} "
+                "again."
+            )
         values[key] = _checked(options, key, value, f"in {place}")
     for key, value in given.items():
         values[key] = _checked(options, key, value, "on the command line")
@@ -233,14 +238,22 @@ def _config_text(instances: Iterable[Any]) -> str:
         if option.inherited and not _worth_writing(option, value, values[option.owner]):
             continue
         try:
-            sections.setdefault(option.group, {})[name] = to_plain(value)
+            redact = without_hub_tokens if _is_place(name) else redacted
+            sections.setdefault(option.group, {})[name] = redacted_value(to_plain(value), redact)
         except TypeError as error:
             raise ValueError(f"{name}={value!r} cannot be written as YAML: {error}.") from error
     lines = []
     for group, entries in sections.items():
         text = yaml.dump(entries, Dumper=ConfigDumper, sort_keys=False, allow_unicode=True)
         lines.append(f"# {group}\n{text}")
-    return redacted("\n".join(lines))
+    return "\n".join(lines)
+
+
+def _is_place(name: str) -> bool:
+    """Whether an option names a folder or repository, which a run needs as it is."""
+    return name in ("model", "dataset", "env", "hub_model_id", "resume_from_checkpoint") or name.endswith(
+        ("_dir", "_root")
+    )
 
 
 def _collect_options(dataclass_types: Sequence[type]) -> dict[str, _Option]:

@@ -26,6 +26,7 @@ class Recipe(TrainingArguments):
         (f"token={TOKEN}, {TOKEN}.", "token=hf_***, hf_***."),
         (f"https://user:{TOKEN}@huggingface.co/a/b", "https://user:hf_***@huggingface.co/a/b"),
         ("hf_oauth_eyJhbGci.eyJzdWIi.c2ln-x", "hf_***"),
+        ("outputs/hf_pi0liberospatialsft/policy", "outputs/hf_pi0liberospatialsft/policy"),
         ("hf_transfer, hf_model_of_a_long_name, my_hf_folder", "hf_transfer, hf_model_of_a_long_name, my_hf_folder"),
         ("", ""),
     ],
@@ -78,6 +79,27 @@ def test_a_written_configuration_has_no_token(tmp_path, monkeypatch):
     assert "key: hf_***" in text
     assert "mine hf_***" in text
     assert changed_settings(instances, path) == []
+
+
+def test_folders_are_written_as_they_are(tmp_path, monkeypatch):
+    """A run is resumed from what is written; a variable's value may be a part of a folder's name by chance."""
+    monkeypatch.setenv("SOME_PASSWORD", "liberospatial")
+    output_dir = str(tmp_path / "hf_pi0liberospatialsft" / "run")
+    path = tmp_path / "config.yaml"
+    dump_config(parse_recipe_arguments((Recipe,), argv=["--output_dir", output_dir, "--use_cpu"]), path)
+    (again,) = parse_recipe_arguments((Recipe,), argv=["--config", str(path)])
+    assert again.output_dir == output_dir
+
+
+def test_a_value_that_was_not_written_has_to_be_given_again(tmp_path):
+    path = tmp_path / "config.yaml"
+    words = ["--env_options", f"{{key: {TOKEN}, size: big}}"]
+    dump_config(parse_recipe_arguments((Recipe,), argv=["--output_dir", "run", "--use_cpu", *words]), path)
+    with pytest.raises(ArgumentsError, match=r"env_options in .*config.yaml has \*\*\* .* Give --env_options again"):
+        parse_recipe_arguments((Recipe,), argv=["--config", str(path)])
+    (again,) = parse_recipe_arguments((Recipe,), argv=["--config", str(path), *words])
+    assert again.env_options == {"key": TOKEN, "size": "big"}
+    assert changed_settings([again], path) == []
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ LeRobot's own `from_pretrained` prints a warning and returns random weights when
 Neither direction holds the weights twice: files are mapped or go to their device tensor by tensor, and are written so.
 """
 
+import errno
 import json
 import logging
 import os
@@ -214,9 +215,12 @@ def check_stored(stored: StoredWeights, expected: Mapping[str, Shaped]) -> None:
 
 
 def flush_to_disk(path: Path) -> None:
-    """Waits until a file or folder entry is on disk."""
+    """Waits until a file or folder entry is on disk; some network and FUSE disks cannot do it for folders."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not path.is_dir():
+            raise
     finally:
         os.close(descriptor)

@@ -4,6 +4,7 @@ A checkpoint is written into `.incomplete/`, flushed to disk and renamed, so a k
 as they were. `rl_state.json` is written last and lists the other files.
 """
 
+import logging
 import os
 import re
 import shutil
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import TrainerState
 
 from pi_rl.__about__ import __version__
 from pi_rl.argument_values import load_yaml
@@ -20,13 +22,24 @@ from pi_rl.policies.checkpoints import CONFIG_FILE, POSTPROCESSOR_FILE, PREPROCE
 from pi_rl.policies.weight_files import WEIGHTS_FILE, read_header, some_of
 from pi_rl.policies.weights import flush_to_disk
 from pi_rl.progress import say
-from pi_rl.trainer.plain_state import OPTIMIZER_TENSORS, OPTIMIZER_VALUES, SCHEDULER_FILE, read_json, rng_file
+from pi_rl.trainer.plain_state import (
+    OPTIMIZER_TENSORS,
+    OPTIMIZER_VALUES,
+    SCHEDULER_FILE,
+    check_entries,
+    check_plain_state,
+    read_json,
+    rng_file,
+)
 
+logger = logging.getLogger(__name__)
 RL_STATE_NAME = "rl_state.json"
 STAGING_NAME = ".incomplete"
+_REPLACED = "replaced-"
 FORMAT = 1
 """Number of the layout of a checkpoint; raised when an older pi_rl could not read a newer one's."""
 _NAME = re.compile(r"checkpoint-(\d+)")
+_COUNTERS = {"algorithm": str, "iteration": int, "env_steps": int, "episodes": int, "evaluation_due": bool}
 _REQUIRED = (
     CONFIG_FILE,
     PREPROCESSOR_FILE,
@@ -44,6 +57,10 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be resumed; the message says why and what to do."""
 
 
+class DamagedCheckpointError(CheckpointError):
+    """A checkpoint of a run that nothing can resume: a file is missing, or does not hold what it should."""
+
+
 def check_checkpoint(folder: Path) -> dict[str, Any]:
     """Refuses a checkpoint that is incomplete, damaged, foreign or of a newer pi_rl; reads no tensors.
 
@@ -54,8 +71,20 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
         What its rl_state.json holds.
 
     Raises:
-        CheckpointError: Naming the file and what is wrong with it.
+        CheckpointError: Naming the file and what is wrong with it; a :class:`DamagedCheckpointError` where the disk
+            or another pi_rl has no part in it.
     """
+    try:
+        return _checked(folder)
+    except CheckpointError:
+        raise
+    except OSError as error:
+        raise CheckpointError(f"{folder} cannot be read now: {error}. Try again when the disk answers.") from error
+    except (ValueError, RecursionError) as error:
+        raise DamagedCheckpointError(str(error)) from error
+
+
+def _checked(folder: Path) -> dict[str, Any]:
     if not folder.is_dir():
         raise CheckpointError(f"The checkpoint {folder} does not exist; give a checkpoint-N folder of a run.")
     missing = [name for name in (RL_STATE_NAME, TRAINER_STATE_NAME) if not (folder / name).is_file()]
@@ -64,27 +93,36 @@ def check_checkpoint(folder: Path) -> dict[str, Any]:
             f"{folder} is no checkpoint of a training run ({', '.join(missing)} missing); give a checkpoint-N folder, "
             "or start RL from it with model=."
         )
-    try:
-        state = read_json(folder / RL_STATE_NAME)
-        _check_format(folder, state)
-        listed = state.get("files", [])
-        missing = sorted(name for name in {*_REQUIRED, *listed} if not (folder / name).is_file())
-        if missing or not listed:
-            lacking = some_of(missing) or f"the list of files in {RL_STATE_NAME}"
-            raise CheckpointError(
-                f"The checkpoint {folder} is incomplete: {lacking} missing. "
-                "Give another checkpoint-N folder of that run, or copy this one again."
-            )
-        _check_files(folder)
-    except CheckpointError:
-        raise
-    except (ValueError, OSError) as error:
-        raise CheckpointError(str(error)) from error
+    state = read_json(folder / RL_STATE_NAME)
+    _check_format(folder, state)
+    listed = state.get("files")
+    if not isinstance(listed, list) or not all(isinstance(name, str) for name in listed):
+        raise DamagedCheckpointError(f"{folder / RL_STATE_NAME} lists no files; copy or download it again.")
+    missing = sorted(name for name in {*_REQUIRED, *listed} if not (folder / name).is_file())
+    if missing or not listed:
+        lacking = some_of(missing) or f"the list of files in {RL_STATE_NAME}"
+        raise DamagedCheckpointError(
+            f"The checkpoint {folder} is incomplete: {lacking} missing. "
+            "Give another checkpoint-N folder of that run, or copy this one again."
+        )
+    _check_files(folder)
+    check_entries(folder / RL_STATE_NAME, state, _COUNTERS)
+    _check_trainer_state(folder / TRAINER_STATE_NAME)
+    check_plain_state(folder)
     return state
 
 
-def _check_format(folder: Path, state: Any) -> None:
-    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
+def _check_trainer_state(path: Path) -> None:
+    value = read_json(path)
+    check_entries(path, value, {"global_step": int, "max_steps": int, "log_history": list, "stateful_callbacks": dict})
+    try:
+        TrainerState(**value)
+    except (TypeError, AttributeError, LookupError) as error:
+        raise ValueError(f"{path} is no state of the Trainer ({error}); copy or download it again.") from error
+
+
+def _check_format(folder: Path, state: dict[str, Any]) -> None:
+    if not isinstance(state.get("format"), int):
         raise CheckpointError(
             f"{folder / RL_STATE_NAME} is no state of pi_rl (format missing); give a checkpoint-N folder of a run."
         )
@@ -105,7 +143,7 @@ def _check_files(folder: Path) -> None:
     try:
         load_yaml((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     except ValueError as error:  # also text that is not UTF-8
-        raise CheckpointError(f"{folder / CONFIG_NAME} is not valid YAML: {error}") from error
+        raise DamagedCheckpointError(f"{folder / CONFIG_NAME} is not valid YAML: {error}") from error
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -147,16 +185,43 @@ def publish(staged: Path, root: Path) -> Path:
 
     Returns:
         Where the checkpoint is now.
+
+    Raises:
+        OSError: It could not be renamed; an earlier one of that name is where it was.
     """
     for path in (*staged.rglob("*"), staged):
         flush_to_disk(path)
     final = root / staged.name
     if final.exists():
-        os.rename(final, staged.with_name("replaced"))
-    os.rename(staged, final)
-    flush_to_disk(root)
-    shutil.rmtree(staged.parent)
+        os.rename(final, staged.with_name(_REPLACED + staged.name))
+    try:
+        os.rename(staged, final)
+    except OSError:
+        _restore_replaced(root)
+        raise
+    try:
+        flush_to_disk(root)
+        shutil.rmtree(staged.parent)
+    except OSError as error:  # the checkpoint has its name
+        logger.warning(f"{final} is written, but {error}. A power cut may cost it; {staged.parent} may be left over.")
     return final
+
+
+def discard_staged(root: Path) -> None:
+    """Removes what was being written; a checkpoint that it was to replace gets its name back.
+
+    Args:
+        root: Output folder of the run.
+    """
+    _restore_replaced(root)
+    shutil.rmtree(root / STAGING_NAME, ignore_errors=True)
+
+
+def _restore_replaced(root: Path) -> None:
+    for folder in (root / STAGING_NAME).glob(f"{_REPLACED}checkpoint-*"):
+        final = root / folder.name.removeprefix(_REPLACED)
+        if not final.exists():
+            os.rename(folder, final)
 
 
 def clean_up(root: Path) -> None:
@@ -169,18 +234,19 @@ def clean_up(root: Path) -> None:
     for leftover in root.glob(".policy-????????"):  # as `save_policy` names what it writes beside the policy's folder
         shutil.rmtree(leftover, ignore_errors=True)
     for folder in checkpoints(staging):
-        if not (root / folder.name).exists() and _is_readable(folder):
+        if not (root / folder.name).exists() and _problem(folder) is None:
             publish(folder, root)
             return
     if staging.exists():
-        shutil.rmtree(staging)
+        discard_staged(root)
         say(f"Removed a checkpoint that was not written to the end ({staging}).")
 
 
 def remove_old(root: Path, limit: int | None, keep: Path, best: str | None) -> None:
     """Deletes checkpoints beyond ``save_total_limit``, never the last readable one.
 
-    Damaged checkpoints do not count. They are deleted too where a readable one is at least as new.
+    Others do not count. Damaged ones are deleted where a readable one is at least as new; what the disk does not let
+    read, a newer pi_rl wrote or was not written by a run stays, and so does the best one in any state.
 
     Args:
         root: Output folder of the run.
@@ -190,15 +256,22 @@ def remove_old(root: Path, limit: int | None, keep: Path, best: str | None) -> N
     """
     if limit is None or limit <= 0:
         return
-    readable = [folder for folder in _by_age(root) if _is_readable(folder)]
-    protected = {folder for folder in readable if folder == keep or (best and folder.name == Path(best).name)}
-    if keep not in protected:
+    try:
+        folders = list(_by_age(root))
+    except OSError as error:
+        logger.warning(f"No old checkpoint of {root} is deleted this time: {error}.")
+        return
+    problems = {folder: _problem(folder) for folder in folders}
+    readable = [folder for folder in folders if problems[folder] is None]
+    protected = {folder for folder in folders if folder == keep or (best and folder.name == Path(best).name)}
+    if keep not in readable:
         return  # what was written cannot be read: nothing else may be given up for it
     old = [folder for folder in readable if folder not in protected]
-    for folder in old[: max(0, len(readable) - max(limit, len(protected)))]:
+    for folder in old[: max(0, len(readable) - max(limit, len(protected.intersection(readable))))]:
         shutil.rmtree(folder, ignore_errors=True)
-    for folder in checkpoints(root):
-        if folder not in readable and step_of(folder) <= step_of(keep):
+    for folder in folders:
+        damaged = isinstance(problems[folder], DamagedCheckpointError)
+        if damaged and folder not in protected and step_of(folder) <= step_of(keep):
             shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -207,9 +280,10 @@ def _by_age(root: Path) -> Iterator[Path]:
     yield from sorted(checkpoints(root), key=lambda folder: (folder.stat().st_mtime_ns, step_of(folder)))
 
 
-def _is_readable(folder: Path) -> bool:
+def _problem(folder: Path) -> CheckpointError | None:
+    """Why a checkpoint cannot be resumed."""
     try:
         check_checkpoint(folder)
-    except CheckpointError:
-        return False
-    return True
+    except CheckpointError as error:
+        return error
+    return None

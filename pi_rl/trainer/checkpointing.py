@@ -26,6 +26,7 @@ from pi_rl.trainer.checkpoint_folders import (
     CheckpointError,
     check_checkpoint,
     clean_up,
+    discard_staged,
     newest_checkpoint,
     publish,
     remove_old,
@@ -273,18 +274,25 @@ class CheckpointedTrainer(ShardedTrainer):
         """
         sharded = is_sharded(self.actor_critic)
         state = whole_state(self.actor_critic, keep=self.args.process_index == 0) if sharded else None
-        self._write(Path(output_dir or self.args.output_dir), lambda: self._save(output_dir, state))
+        folder = Path(output_dir or self.args.output_dir)
+        self._write(folder, lambda: self._save(output_dir, state), half_written=folder)
 
-    def _write(self, folder: Path, write: Callable[[], None]) -> None:
-        """Lets the first process write; what the disk refuses is raised on all of them."""
+    def _write(self, folder: Path, write: Callable[[], None], half_written: Path | None = None) -> None:
+        """Lets the first process write; what the disk refuses is raised on all of them.
+
+        Args:
+            folder: What is written, for the message.
+            write: Writes it.
+            half_written: Removed if that fails, unless it was there before.
+        """
 
         def attempt() -> str | None:
-            existed = folder.exists()
+            new = half_written if half_written is not None and not half_written.exists() else None
             try:
                 write()
             except (OSError, SafetensorError) as error:
-                if not existed:
-                    shutil.rmtree(folder, ignore_errors=True)
+                if new is not None:
+                    shutil.rmtree(new, ignore_errors=True)
                 return why_not_written(folder.name, folder.parent, error, checkpoint_bytes(self.actor_critic))
             return None
 
@@ -354,7 +362,7 @@ class CheckpointedTrainer(ShardedTrainer):
         except BaseException:
             self.state.best_model_checkpoint = best
             if self.args.process_index == 0:
-                shutil.rmtree(self._staging, ignore_errors=True)
+                discard_staged(root)
             raise
         finally:
             self._staging = None
@@ -391,7 +399,7 @@ class CheckpointedTrainer(ShardedTrainer):
     def _write_parts(self, staged: Path, root: Path) -> None:
         """Policy, optimiser, generators, Trainer's state; the list of files last."""
         final, first = root / staged.name, self.args.process_index == 0
-        self._write(final, lambda: shutil.rmtree(staged.parent, ignore_errors=True))
+        self._write(final, lambda: discard_staged(root))
         self.save_model(str(staged), _internal_call=True)
         if is_sharded(self.actor_critic):
             optimizer = whole_optimizer_state(self.optimizer, keep=first)

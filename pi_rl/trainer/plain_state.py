@@ -19,14 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pi_rl.policies.weight_files import read_header
 from pi_rl.policies.weights import read_tensors, write_tensors
 
 OPTIMIZER_TENSORS, OPTIMIZER_VALUES, SCHEDULER_FILE = "optimizer.safetensors", "optimizer.json", "scheduler.json"
 _TUPLE = "tuple"
 
 
-def rng_file(rank: int) -> str:
-    """Name of the file of a process's generators."""
+def rng_file(rank: int | str) -> str:
+    """Name of the file of a process's generators; "*" for a pattern of all."""
     return f"rng_state_{rank}.json"
 
 
@@ -61,7 +62,52 @@ def read_optimizer(folder: Path) -> dict[str, Any]:
     Raises:
         ValueError: If a file is missing or damaged.
     """
-    tensors = read_tensors(folder / OPTIMIZER_TENSORS, "optimiser state")
+    return _optimizer_state(folder, read_tensors(folder / OPTIMIZER_TENSORS, "optimiser state"))
+
+
+def check_plain_state(folder: Path) -> None:
+    """Refuses an optimiser's, schedule's or generators' state that could not be loaded; reads no tensors.
+
+    Args:
+        folder: A checkpoint.
+
+    Raises:
+        ValueError: Naming the file.
+    """
+    state = _optimizer_state(folder, read_header(folder / OPTIMIZER_TENSORS))
+    indices: set[Any] = set()
+    for group in state["param_groups"]:
+        check_entries(folder / OPTIMIZER_VALUES, group, {"params": list})
+        indices.update(index for index in group["params"] if isinstance(index, int))
+    if not indices or not set(state["state"]) <= indices:
+        raise ValueError(f"{folder / OPTIMIZER_VALUES} does not list the parameters that it has states of.")
+    schedule = read_scheduler(folder)
+    check_entries(folder / SCHEDULER_FILE, schedule, {"last_epoch": int, "_last_lr": list})
+    for path in folder.glob(rng_file("*")):
+        check_entries(path, read_json(path), {"python": list, "numpy": list, "torch": str})
+
+
+def check_entries(path: Path, value: Mapping[str, Any], types: Mapping[str, type | tuple[type, ...]]) -> None:
+    """Refuses a file's JSON object that lacks an entry or has one of another type.
+
+    Args:
+        path: The file, for messages.
+        value: What it holds.
+        types: The entries' types; a bool is no int here, and an int may not be negative.
+
+    Raises:
+        ValueError: Naming file and entry.
+    """
+    for name, kind in types.items():
+        entry = value.get(name)
+        kinds = kind if isinstance(kind, tuple) else (kind,)
+        fits = isinstance(entry, kinds) and (bool in kinds or not isinstance(entry, bool))
+        if not fits or (isinstance(entry, int) and entry < 0):
+            raise ValueError(f"{path} has {name}={entry!r:.80}, which does not fit; copy or download it again.")
+
+
+def _optimizer_state(folder: Path, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    """The values of a checkpoint's optimiser and its tensors, or what stands for them, in one."""
     stored = read_json(folder / OPTIMIZER_VALUES)
     try:
         parts = {
@@ -123,18 +169,21 @@ def write_json(path: Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
-def read_json(path: Path) -> Any:
-    """Reads a JSON file.
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON file, which may hold NaN as logs of runs do.
 
     Raises:
-        ValueError: If it is missing or damaged.
+        ValueError: If it is missing or damaged, or holds no JSON object.
     """
     if not path.is_file():
         raise ValueError(f"{path.name} is missing in {path.parent}; give a complete checkpoint-N folder.")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # also of the encoding
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # also of the encoding
         raise ValueError(f"{path} is no readable JSON file ({error}); copy or download it again.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}; copy or download it again.")
+    return value
 
 
 def _encoded(value: Any, what: str) -> Any:

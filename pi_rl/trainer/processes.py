@@ -16,7 +16,6 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 T = TypeVar("T")
-_USER_ERRORS = (ValueError, RuntimeError, TypeError, OSError, ArithmeticError)
 _PIECE = 32 * 2**20  # bytes that travel at once
 _PROBE = 2**20  # bytes at a file's two ends that tell whether two files are the same
 
@@ -86,7 +85,7 @@ def first_decides[T](decide: Callable[[], T]) -> T:
     if dist.get_rank() == 0:
         try:
             outcome[0] = decide()
-        except _USER_ERRORS as caught:
+        except Exception as caught:  # of any kind: the others wait
             error, outcome[1] = caught, str(caught)
     dist.broadcast_object_list(outcome, src=0)
     if error is not None:
@@ -109,7 +108,7 @@ def all_succeed[T](act: Callable[[], T]) -> T:
     error: Exception | None = None
     try:
         result = act()
-    except _USER_ERRORS as caught:
+    except Exception as caught:  # of any kind: the others wait
         error = caught
     reports: list[Any] = [None] * process_count()
     dist.all_gather_object(reports, None if error is None else (socket.gethostname(), str(error)))

@@ -203,6 +203,13 @@ def filmed_trainer(small_pi0_folder, tmp_path):
         trainer.close()
 
 
+@pytest.fixture
+def finished(toy_trainer, tmp_path):
+    """The folder of a run with checkpoint-4 and checkpoint-8."""
+    toy_trainer(num_iterations=2).train()
+    return tmp_path / "run"
+
+
 def _log_without_times(history):
     timed = ("time/", "eval_runtime", "train_")
     return [{key: value for key, value in entry.items() if not key.startswith(timed)} for entry in history]

@@ -120,12 +120,6 @@ DAMAGES = {
 }
 
 
-@pytest.fixture
-def finished(toy_trainer, tmp_path):
-    toy_trainer(num_iterations=2).train()
-    return tmp_path / "run"
-
-
 @pytest.mark.parametrize("name", DAMAGES)
 def test_a_damaged_checkpoint_is_skipped_on_one_line_and_refused_when_asked_for(finished, toy_trainer, name, capsys):
     newest = finished / "checkpoint-8"
