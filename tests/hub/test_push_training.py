@@ -60,8 +60,10 @@ def test_every_save_pushes_the_checkpoint_as_a_policy(hub_here, train, tmp_path)
     assert repo.messages == ["initial commit", "Training in progress, step 1", "Training in progress, step 2"]
     held = repo.files()
     last = tmp_path / "run" / "checkpoint-2"
-    for name in ("model.safetensors", "critic.safetensors", "noise_network.safetensors", "rl_state.json"):
+    for name in ("model.safetensors", "critic.safetensors", "noise_network.safetensors"):
         assert held[name] == (last / name).read_bytes(), name
+    counters = json.loads((last / "rl_state.json").read_text())
+    assert json.loads(held["rl_state.json"]) == {**counters, "start": Path(counters["start"]).name}  # no path of here
     assert "iterations" in held["README.md"].decode()
     assert not [name for name in held if name.startswith("last-checkpoint") or name.endswith((".pt", ".pth", ".bin"))]
     assert not list((tmp_path / "run").glob(".push-*"))
