@@ -137,6 +137,8 @@ def test_a_run_without_records_yet_leaves_the_checkpoints_own(tmp_path):
 def test_a_pushed_checkpoint_is_described_by_the_log_of_its_run(tmp_path):
     """Its own Trainer's state has forgotten the evaluation before training, and has no versions."""
     run = write_run(tmp_path / "run")
-    text = with_card(checkpoint(run / "checkpoint-12", 12, 3), "me/policy").read_text()
+    folder = checkpoint(run / "checkpoint-12", 12, 3)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    text = with_card(folder, "me/policy").read_text()
     assert "| 0 | 0 | 0.500 [0.40, 0.60] | 40 | an earlier state |" in text
     assert "metaworld 3.0.0" in text
