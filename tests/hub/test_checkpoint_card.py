@@ -4,6 +4,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from pi_rl.hub.checkpoint_card import write_checkpoint_card
+from pi_rl.hub.push_contents import with_card
 from tests.hub.runs import evaluation_entry, full_history, write_run
 
 
@@ -131,3 +132,13 @@ def test_a_run_without_records_yet_leaves_the_checkpoints_own(tmp_path):
     copied = checkpoint(tmp_path / "elsewhere" / "copy", 4, 1)
     (tmp_path / "new").mkdir()
     assert "No evaluation yet" in write_checkpoint_card(copied, run_folder=tmp_path / "new").read_text()
+
+
+def test_a_pushed_checkpoint_is_described_by_the_log_of_its_run(tmp_path):
+    """Its own Trainer's state has forgotten the evaluation before training, and has no versions."""
+    run = write_run(tmp_path / "run")
+    folder = checkpoint(run / "checkpoint-12", 12, 3)
+    (folder / "model.safetensors").write_bytes(b"weights")
+    text = with_card(folder, "me/policy").read_text()
+    assert "| 0 | 0 | 0.500 [0.40, 0.60] | 40 | an earlier state |" in text
+    assert "metaworld 3.0.0" in text
