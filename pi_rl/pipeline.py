@@ -170,7 +170,7 @@ def run_recipe(
 
     Raises:
         RecipeError: On bad options, an output folder of another run, parts that do not fit, or a full disk.
-        SystemExit: With code 75, when a signal ended the run during RL and its state was saved.
+        SystemExit: With code 75, when a signal ended the run; what was complete is kept.
     """
     import torch
 
@@ -214,27 +214,31 @@ def _saved(run: _Run) -> Iterator[None]:
     """What a run that saves its state says in the end: how it goes on, or what the user can put right.
 
     Raises:
-        SystemExit: With code 75 where a signal ended it.
+        SystemExit: With code 75 where a signal ended it, in whatever stage.
         RecipeError: Where a checkpoint cannot be read or written.
     """
     from pi_rl.trainer.checkpoint_folders import CheckpointError
     from pi_rl.trainer.disk import NotWritten
-    from pi_rl.trainer.preemption import SAVED_EXIT_CODE, Preempted, SavedInterrupt
+    from pi_rl.trainer.preemption import SAVED_EXIT_CODE, Preempted, SavedInterrupt, ending_on_signals
     from pi_rl.trainer.processes import leave_process_group
 
     try:
-        yield
+        with ending_on_signals(announce=run.is_main):
+            yield
     except (CheckpointError, NotWritten) as error:
         raise RecipeError(str(error)) from error
     except (Preempted, SavedInterrupt):
-        say(f"Go on with the run: {_resume_command(run)}", enabled=run.is_main)
+        run.claimed = run.rl.dry_run  # the folder stays, for the command to go on with
+        say(f"Go on with the run: {_resume_command(run)}", enabled=run.is_main and not run.rl.dry_run)
         leave_process_group()
         raise SystemExit(SAVED_EXIT_CODE) from None
 
 
 def _resume_command(run: _Run) -> str:
-    start = "pi-rl" if run.rl.world_size == 1 else f"accelerate launch --num_processes {run.rl.world_size} -m pi_rl"
-    return f"{start} train --resume {shlex.quote(str(run.folder))}"
+    rest = f"train --resume {shlex.quote(str(run.folder))}"
+    if run.rl.world_size == 1:
+        return f"pi-rl {rest}"
+    return f"`accelerate launch` with the options that you gave it, then -m pi_rl {rest}"
 
 
 def _run_stages(run: _Run, spec: "EnvSpec") -> None:
@@ -288,7 +292,7 @@ def _check_together(recipe: RecipeArguments, rl: "FlowConfig", spec: "EnvSpec") 
 def _prepare_folder(run: _Run) -> None:
     """Claims the output folder, or continues the same run in it; refuses another run's."""
     from pi_rl.hub.results import RESULTS_NAME
-    from pi_rl.trainer.checkpoint_folders import check_checkpoint
+    from pi_rl.trainer.checkpoint_folders import check_checkpoint, clean_up
     from pi_rl.trainer.disk import check_output_folder
     from pi_rl.trainer.processes import first_decides
 
@@ -314,6 +318,7 @@ def _prepare_folder(run: _Run) -> None:
         if run.claimed and any(run.folder.iterdir()):
             raise ValueError(f"{run.folder} is not empty and holds no run of pi_rl. Give another --output_dir.")
         dump_config((run.recipe, run.rl), config)
+        clean_up(run.folder)
 
     first_decides(claim)
 
@@ -458,8 +463,7 @@ def _dry_run(run: _Run, trainer: Any) -> None:
 
 def _checkpoint_to_resume(run: _Run) -> str | None:
     """The newest readable checkpoint of the run, or the one that it was told to begin with."""
-    from pi_rl.trainer.checkpoint_folders import clean_up, newest_checkpoint
+    from pi_rl.trainer.checkpoint_folders import newest_checkpoint
 
-    clean_up(run.folder)
     own = newest_checkpoint(run.folder)
     return run.rl.resume_from_checkpoint if own is None else str(own)

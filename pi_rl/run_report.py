@@ -93,7 +93,7 @@ def write_run_page(folder: Path) -> None:
 
     try:
         write_report(read_run(folder))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a page is never worth a run
         say(f"  report.html could not be written: {error}. The run goes on; `pi-rl report {folder}` writes it later.")
 
 

@@ -192,6 +192,7 @@ def run_sft_recipe(
 
     Raises:
         RecipeError: If options, model and dataset do not fit together, the output folder is taken, or training fails.
+        SystemExit: With code 75, when a signal ended the run; the last checkpoint is kept.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -210,7 +211,10 @@ def run_sft_recipe(
         say(plan.describe(args, processes), enabled=main)
         if args.dry_run:
             return output
-        return _train(args, plan, output, main, launch_command(program or "recipes/sft.py", arguments))
+        from pi_rl.trainer.preemption import ending_on_signals
+
+        with ending_on_signals(announce=main):
+            return _train(args, plan, output, main, launch_command(program or "recipes/sft.py", arguments))
     except (ValueError, RuntimeError, OSError) as error:
         raise RecipeError(str(error)) from error
 
@@ -296,6 +300,7 @@ def _train(args: SftArguments, plan: _Plan, output: Path, main: bool, command: s
     except BaseException:
         if main and last_checkpoint(work) is None:
             shutil.rmtree(work, ignore_errors=True)
+            say("\nStopped before the first checkpoint: the same command begins anew.")
         elif main:
             say(f"\nStopped; the checkpoint after step {_step(work)} is kept. The same command continues from it.")
         raise
@@ -313,7 +318,11 @@ def _train(args: SftArguments, plan: _Plan, output: Path, main: bool, command: s
 
 def _prepare(work: Path, args: SftArguments, plan: _Plan) -> None:
     """Settings, start policy and data, on the first process."""
+    from pi_rl.trainer.checkpoint_folders import remove_leftovers
+
     _claim(work, args)
+    output = Path(args.output_dir)
+    remove_leftovers(output.parent, output.name)
     if not (work / START_NAME).is_dir():
         write_start_policy(work / START_NAME, plan.source, plan.config, args.start_settings)
     _download(args, plan)

@@ -71,6 +71,13 @@ def test_what_cannot_be_written_is_said_and_training_goes_on(train, tmp_path, ca
     assert (tmp_path / "checkpoint-2" / "trainer_state.json").is_file()
 
 
+def test_a_page_that_cannot_be_made_stops_no_run(train, tmp_path, monkeypatch, capsys):
+    """Whatever is wrong with it, also what is no mistake of the record."""
+    monkeypatch.setattr("pi_rl.hub.report.write_report", lambda record: record.minutes["nothing"])
+    assert sum("loss" in entry for entry in train()) == 2
+    assert "report.html could not be written: 'nothing'. The run goes on" in capsys.readouterr().out
+
+
 def test_a_new_process_begins_a_new_line_after_half_a_one(train, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"began": "x"}\n{"step": 4, "lo')
     train()

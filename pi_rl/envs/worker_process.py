@@ -1,9 +1,11 @@
 """Worker processes as their parent sees them: started, asked, listened to, given up when they die or hang."""
 
 import errno
+import logging
 import os
 import signal
 import socket
+import struct
 import subprocess
 import tempfile
 import time
@@ -19,10 +21,12 @@ from numpy.typing import NDArray
 
 from pi_rl.envs.interpreters import worker_command
 
+logger = logging.getLogger(__name__)
 CLOSE_TIMEOUT_S = 5.0
 DEFAULT_TIMEOUT_S = 300.0
 START_TIMEOUT_S = 900.0
 STDERR_TAIL_CHARACTERS = 2000
+_TAIL_BYTES = 4 * STDERR_TAIL_CHARACTERS
 _LISTEN_S = 1.0
 _DUMP_S = 0.5
 _SAME_ERROR: dict[str, type[Exception]] = {"ValueError": ValueError, "FileNotFoundError": FileNotFoundError}
@@ -73,7 +77,7 @@ class WorkerProcess:
         connection: Our end of its socket.
         stderr: What it prints.
         pulse: int64 (), shared: it counts up with every simulator call that returns.
-        limit_s: Seconds without answer or pulse after which it is given up.
+        limit_s: Seconds without answer or pulse after which it is given up; see :meth:`limit`.
         expected: Answers to come.
     """
 
@@ -87,6 +91,14 @@ class WorkerProcess:
     _silent_s: float = 0.0
     _last_pulse: int = 0
 
+    def limit(self, seconds: float) -> None:
+        """Sets ``limit_s``, also for one that stops in the middle of a message."""
+        self.limit_s = seconds
+        value = struct.pack("@ll", int(seconds), int(seconds % 1 * 1e6))
+        with socket.fromfd(self.connection.fileno(), socket.AF_UNIX, socket.SOCK_STREAM) as ours:
+            for option in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                ours.setsockopt(socket.SOL_SOCKET, option, value)
+
     def send(self, message: Any) -> None:
         """Sends a message; that the worker is dead is found when it is listened to."""
         try:
@@ -98,11 +110,13 @@ class WorkerProcess:
         """The next message, which is waited for.
 
         Raises:
-            WorkerLostError: The worker died.
+            WorkerLostError: The worker died, or stopped in the middle of the message.
         """
         self._silent_s = 0.0
         try:
             return self.connection.recv()
+        except BlockingIOError:
+            raise self._given_up(hung=True) from None
         except (EOFError, OSError):
             raise self._given_up() from None
 
@@ -122,6 +136,17 @@ class WorkerProcess:
         if self._silent_s >= self.limit_s:
             raise self._given_up(hung=True)
 
+    def kill(self) -> None:
+        """Ends the process at once; one that the kernel does not let go, as of a dead disk, is left to itself."""
+        self.popen.kill()
+        try:
+            self.popen.wait(CLOSE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            logger.warning(
+                f"worker process {self.index} (pid {self.popen.pid}) did not end {CLOSE_TIMEOUT_S:g} s after it was "
+                "killed: it waits in the kernel for a device or a disk. It is left to itself."
+            )
+
     def _given_up(self, *, hung: bool = False) -> WorkerLostError:
         """The error that tells of a worker whose process and files are gone."""
         try:
@@ -133,12 +158,11 @@ class WorkerProcess:
         except subprocess.TimeoutExpired:
             pass
         code = self.popen.poll()
-        self.popen.kill()
-        self.popen.wait()
+        self.kill()
         problem = _how_it_ended(code)
         if hung:
             problem = f"did not answer for {self.limit_s:g} s, with not one call of the simulator returning"
-        self.stderr.seek(0)
+        self.stderr.seek(max(0, self.stderr.seek(0, os.SEEK_END) - _TAIL_BYTES))
         tail = self.stderr.read().decode(errors="replace")[-STDERR_TAIL_CHARACTERS:].strip()
         error = WorkerLostError(f"worker process {self.index} (pid {self.popen.pid}) {problem}", tail)
         self.connection.close()
@@ -241,6 +265,7 @@ class Launcher:
             )
         pulse = self.pulses[index : index + 1].reshape(())
         worker = WorkerProcess(index, popen, Connection(ours.detach()), stderr, pulse, START_TIMEOUT_S)
+        worker.limit(START_TIMEOUT_S)
         worker.send({**self.config, "index": index})
         return worker
 
@@ -263,8 +288,7 @@ def stop_workers(workers: list[WorkerProcess], memory: IO[bytes], owner: int) ->
         try:
             worker.popen.wait(CLOSE_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            worker.popen.kill()
-            worker.popen.wait()
+            worker.kill()
         worker.stderr.close()
     memory.close()
 

@@ -482,7 +482,7 @@ class WorkerVectorEnv(VectorEnv):
                         f"{message.last_words}"
                     )
                 result_of(worker, message)
-                worker.limit_s = self._timeout_s
+                worker.limit(self._timeout_s)
                 starting.discard(worker.index)
 
     def _ready(self) -> None:

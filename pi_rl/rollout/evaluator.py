@@ -106,7 +106,7 @@ def evaluate_policy(
         denoising_steps: K of the ODE; the sampler's by default.
         batch_size: As for :func:`ode_actions`; with it the result does not depend on the number of environments
             either, nor on which episodes run together.
-        progress: Called as ``progress(episodes done, n, text)``.
+        progress: Called as ``progress(episodes done, n, text)`` after every chunk, also by a process without episodes.
         on_episode: Called as ``on_episode(results, i)`` when episode i has ended and its row is complete.
         agree: As for :class:`~pi_rl.rollout.collector.RolloutCollector`; a process without episodes then goes on
             until the last process has none.
@@ -137,6 +137,8 @@ def evaluate_policy(
             agree=agree,
         )
         if len(rows) == 0:
+            if progress is not None:  # may end a run, on all processes of a sharded model together
+                progress(done_count, len(reset_ids), "")
             continue
         result = env.step_chunk(actions, queue.episode >= 0)
         observation = result.observation
@@ -148,13 +150,17 @@ def evaluate_policy(
         if on_episode is not None:
             for episode in ended:
                 on_episode(results, episode)
-        if progress is not None and done_count and result.done.any():
-            progress(done_count, len(reset_ids), f"success {results.success.sum() / done_count:.2f}")
+        if progress is not None:
+            progress(done_count, len(reset_ids), _success_so_far(results, done_count))
         refilled = queue.next_for(np.flatnonzero(result.done))
         if len(refilled):
             observation = env.reset(reset_ids[queue.episode[refilled]], refilled)
     model.train(was_training)
     return results
+
+
+def _success_so_far(results: EpisodeResults, done_count: int) -> str:
+    return f"success {results.success.sum() / done_count:.2f}" if done_count else ""
 
 
 def _end_episodes(results: EpisodeResults, queue: "_EpisodeQueue", result: ChunkResult) -> list[int]:

@@ -231,8 +231,7 @@ def clean_up(root: Path) -> None:
         root: Output folder of the run.
     """
     staging = root / STAGING_NAME
-    for leftover in root.glob(".policy-????????"):  # as `save_policy` names what it writes beside the policy's folder
-        shutil.rmtree(leftover, ignore_errors=True)
+    remove_leftovers(root, "policy", "init", "demos", "sft")
     for folder in checkpoints(staging):
         if not (root / folder.name).exists() and _problem(folder) is None:
             publish(folder, root)
@@ -240,6 +239,19 @@ def clean_up(root: Path) -> None:
     if staging.exists():
         discard_staged(root)
         say(f"Removed a checkpoint that was not written to the end ({staging}).")
+
+
+def remove_leftovers(root: Path, *names: str) -> None:
+    """Removes the temporary siblings in which a killed process was writing folders.
+
+    Args:
+        root: Where the folders are.
+        names: Of the folders; what was written lies in ``.NAME-abcd1234`` or ``.NAME.partial-abcd1234``.
+    """
+    temporary = re.compile(rf"\.({'|'.join(map(re.escape, names))})(\.partial)?-[a-z0-9_]{{8}}")  # as mkdtemp names
+    for folder in root.glob(".*") if root.is_dir() else ():
+        if temporary.fullmatch(folder.name) and folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def remove_old(root: Path, limit: int | None, keep: Path, best: str | None) -> None:

@@ -309,7 +309,6 @@ class FlowTrainer(PushingTrainer, InterruptibleTrainer):
         self._rollout = self.until_told(
             lambda progress: self.collector.collect(self.iteration, progress),
             self.report.rollout_progress,
-            in_step=True,
         )
         self._clock["time/rollout"] = time.perf_counter() - started
         self._clock["time/update"] = 0.0
@@ -457,7 +456,6 @@ class FlowTrainer(PushingTrainer, InterruptibleTrainer):
                 agree=self.agree,
             ),
             self.report.evaluation_progress,
-            in_step=False,
         )
         outcome = torch.zeros(4, len(ids), dtype=torch.float64)
         for row, values in zip(outcome, (local.success, local.length, local.returns, local.failed), strict=True):

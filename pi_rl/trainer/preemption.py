@@ -3,19 +3,26 @@
 An update goes on to the end of its iteration. A rollout or evaluation ends at once: it has not changed the weights, so
 the state is that of the last completed iteration. That state is saved, and the run ends. The same signal a second
 time ends it at once, without saving.
+
+Under ``accelerate launch`` or torchrun there is no time for that: the launcher, told to end, passes the signal on and
+kills its processes 30 s later. There an update ends before its next forward pass. What is saved then are the counters
+of the last completed iteration with the weights as its updates have left them, so that a resumed run repeats the
+iteration; where the iteration's checkpoint is on disk already, it stays as it is.
 """
 
+import logging
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn, Self
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pi_rl.progress import ProgressFn, say
 from pi_rl.trainer.checkpoint_folders import RL_STATE_NAME
@@ -24,6 +31,7 @@ from pi_rl.trainer.not_finite import FiniteTrainer
 from pi_rl.trainer.plain_state import read_json
 from pi_rl.trainer.processes import leave_process_group, naming_lost_processes
 
+logger = logging.getLogger(__name__)
 SAVED_EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h, "try again": the state is saved and the same command goes on. 143 and 130 are what a
 shell reports of a process that a signal killed, and would say nothing about that."""
@@ -33,7 +41,7 @@ SAME_REQUEST_S = 3.0
 
 
 class Preempted(SystemExit):
-    """The run was told to end by a signal other than Ctrl-C and has saved its state; ends the program with code 75.
+    """The run was told to end by a signal other than Ctrl-C and keeps its state; ends the program with code 75.
 
     Attributes:
         checkpoint: What to resume; None where no iteration was complete.
@@ -57,6 +65,43 @@ class SavedInterrupt(KeyboardInterrupt):
     def __init__(self, message: str, checkpoint: Path | None) -> None:
         super().__init__(message)
         self.checkpoint = checkpoint
+
+
+@contextmanager
+def ending_on_signals(*, announce: bool) -> Iterator[None]:
+    """Outside of training, ends what runs in the block at a signal, as Ctrl-C does anyway; nothing to save is held.
+
+    While :meth:`InterruptibleTrainer.train` runs in it, that takes the signals. An ignored signal stays ignored. Only
+    the main thread can take signals.
+
+    Args:
+        announce: Whether this process says that it was told to end.
+
+    Raises:
+        Preempted: A SystemExit with code 75, at SIGTERM or SIGUSR1.
+    """
+
+    def end(signum: int, frame: FrameType | None) -> NoReturn:
+        name = signal.Signals(signum).name
+        if announce:  # not print: the signal may have interrupted one
+            os.write(2, f"\n{name}: the run ends; what is complete is kept.\n".encode())
+        raise Preempted(f"Ended by {name}.", None)
+
+    before: dict[int, Any] = {}
+    main = threading.current_thread() is threading.main_thread()
+    for signum in SIGNALS if main else ():
+        if signum != signal.SIGINT and signal.getsignal(signum) is not signal.SIG_IGN:
+            before[signum] = signal.signal(signum, end)
+    try:
+        yield
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def under_launcher() -> bool:
+    """Whether torchrun or ``accelerate launch`` started this process and kills it 30 s after passing a signal on."""
+    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 class _Stop(Exception):
@@ -114,7 +159,8 @@ class StopSignals:
         if not self.received:
             self.received, self._since = signum, now
             if self._announce:  # not print: the signal may have interrupted one
-                text = f"\n{signal.Signals(signum).name}: the run ends after this iteration and is saved. "
+                when = "as soon as it can" if under_launcher() else "after this iteration"
+                text = f"\n{signal.Signals(signum).name}: the run ends {when} and is saved. "
                 os.write(2, f"{text}Once more ends it at once, without saving.\n".encode())
         elif now - self._since > SAME_REQUEST_S and not self.saving:
             self._restore()
@@ -159,34 +205,51 @@ class InterruptibleTrainer(FiniteTrainer):
 
     def _end_after_saving(self, signum: int) -> NoReturn:
         """Writes the checkpoint of the last completed iteration, unless there is one, and raises."""
-        while self.env.pending_chunks:
-            self.env.finish_chunk()
         name = signal.Signals(signum).name
         if self._last_end is None:
             checkpoint, text = None, f"Ended by {name} before an iteration was complete: there is nothing to resume."
         else:
+            in_update = self.state.global_step != self._last_end.step
             self.rewind()
             checkpoint = self.checkpoint_of_last_iteration()
             text = f"Ended by {name}; {checkpoint} is complete, resume_from_checkpoint=True goes on from it."
+            text += " It repeats the iteration whose updates were cut short." if in_update else ""
         say(text, enabled=self.args.process_index == 0)
+        self._finish_chunks()
         if signum == signal.SIGINT:
             raise SavedInterrupt(text, checkpoint) from None
         leave_process_group()
         raise Preempted(text, checkpoint) from None
 
-    def until_told[T](self, act: Callable[[ProgressFn], T], progress: ProgressFn, *, in_step: bool) -> T:
+    def _finish_chunks(self) -> None:
+        """Lets the simulators end what they were asked, for whoever goes on with them; last, as it may fail."""
+        try:
+            while self.env.pending_chunks:
+                self.env.finish_chunk()
+        except Exception as error:  # whatever a simulator raises: the state is saved
+            logger.warning(f"The simulators did not end the chunk that they were in: {error}")
+
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """One micro-batch; a run under a launcher, which does not wait for the iteration's end, may end before it."""
+        if under_launcher():
+            self.end_if_told()
+        return super().training_step(model, inputs, num_items_in_batch)
+
+    def until_told[T](self, act: Callable[[ProgressFn], T], progress: ProgressFn) -> T:
         """Runs a rollout or an evaluation, which ends when any process was told to end; a collective call.
 
         Args:
-            act: Takes the function to report progress to, which ends it.
+            act: Takes the function to report progress to, which ends it. A sharded model's processes agree there: all
+                of them have to report equally often.
             progress: Shows progress.
-            in_step: Whether all processes report progress equally often, so that a sharded model's can agree there.
         """
 
         def watched(done: int, total: int, text: str) -> None:
             progress(done, total, text)
             told = self._signals is not None and self._signals.received > 0
-            if (in_step or not self.is_fsdp_enabled) and self.agree(told):
+            if self.agree(told):
                 raise _CutShort
 
         try:

@@ -2,12 +2,18 @@
 
 import os
 import signal
+import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import time
+from multiprocessing.connection import Connection
 
 import numpy as np
 import pytest
+
+from pi_rl.envs import worker_process
 
 from .test_failures import SPEC, chunk, counters, ids  # noqa: F401
 from .test_workers import alive
@@ -233,3 +239,41 @@ os.kill(os.getpid(), signal.SIGKILL)
     while alive(pid) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not alive(pid)
+
+
+def test_a_process_that_the_kernel_does_not_let_go_is_left_to_itself(counters, monkeypatch, caplog):  # noqa: F811
+    """As one that waits for a dead disk: neither the run nor its end waits for it."""
+    monkeypatch.setattr(worker_process, "CLOSE_TIMEOUT_S", 0.3)
+    env = counters(2, 2, timeout=limit(HUNG))
+    env.reset(ids(0, 1))
+    stuck = [worker.popen for worker in env._workers]
+    for popen in stuck:
+        popen.kill = lambda: None
+    try:
+        assert env.step_chunk(chunk(CALM, [(0, HUNG)] * 2)).failed.tolist() == [False, True]
+        assert f"(pid {stuck[1].pid}) did not end 0.3 s after it was killed" in caplog.text
+        os.kill(stuck[0].pid, signal.SIGSTOP)
+        env.close()
+        assert f"(pid {stuck[0].pid}) did not end 0.3 s after it was killed" in caplog.text
+    finally:
+        for popen in stuck:
+            os.kill(popen.pid, signal.SIGKILL)
+            popen.wait()
+
+
+def test_a_worker_that_stops_in_the_middle_of_a_message_is_given_up():
+    """Only the length of the message and a part of it come; of its long output only the end is read."""
+    ours, theirs = socket.socketpair()
+    stderr = tempfile.TemporaryFile()
+    stderr.write(b"x" * 10**6 + b" the last word")
+    stderr.flush()
+    popen = subprocess.Popen(["sleep", "600"])
+    worker = worker_process.WorkerProcess(0, popen, Connection(ours.detach()), stderr, np.zeros((), np.int64), 1.0)
+    worker.limit(0.5)
+    with theirs:
+        theirs.sendall(struct.pack("!i", 100) + b"half")
+        ((_, lost),) = worker_process.listen([worker])
+    assert "did not answer for 0.5 s" in str(lost)
+    assert len(lost.last_words) == worker_process.STDERR_TAIL_CHARACTERS
+    assert lost.last_words.endswith("the last word")
+    assert popen.returncode is not None

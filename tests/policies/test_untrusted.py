@@ -444,6 +444,7 @@ def test_the_real_client_downloads_nothing_hostile(copied, tmp_path, canary):
         "models/somebody/steps": {**good, "policy_preprocessor.json": step},
         "models/somebody/pickles": {**unsafe, "pytorch_model.bin": b"\x80\x04."},
         "models/somebody/names": {**good, "../../escaped.json": b"{}"},
+        "models/somebody/huge": {**good, "chat_template.jinja": b"x" * (2 * MB)},
     }
     code = """
 import sys
@@ -463,7 +464,7 @@ for name in sys.argv[1:]:
                 [sys.executable, "-c", code, *names], env=environment, capture_output=True, text=True, timeout=300
             )
 
-        done = run("somebody/good", "somebody/steps", "somebody/pickles", "somebody/names")
+        done = run("somebody/good", "somebody/steps", "somebody/pickles", "somebody/names", "somebody/huge")
     assert done.returncode == 0, done.stderr
     again = run("somebody/good")  # the server is gone: from the cache
     assert again.stdout.splitlines() == done.stdout.splitlines()[:1], again.stderr
@@ -473,7 +474,9 @@ for name in sys.argv[1:]:
     assert "has a step 'evil_step.Step'" in lines[1]
     assert "only as pickles (pytorch_model.bin)" in lines[2]
     assert "holds a file named '../../escaped.json'" in lines[3]
+    assert "chat_template.jinja of somebody/huge has 2 MB; more than 1 MB" in lines[4]
     assert not canary.exists()
     assert not list(tmp_path.rglob("escaped.json"))
+    assert not list(tmp_path.rglob("chat_template.jinja"))
     assert not list(tmp_path.rglob("evil.py"))
     assert not list(tmp_path.rglob("pytorch_model.bin"))

@@ -158,6 +158,26 @@ def test_every_initial_state_of_every_task_is_evaluated_once(actor_critic, small
     }
 
 
+def test_an_evaluation_reports_after_every_chunk_also_without_episodes(actor_critic, small_policy, metaworld_env):
+    """So that it can end there, on all processes of a sharded model together."""
+    env = metaworld_env(max_episode_steps=LIMIT, num_envs=2)
+    io, real, chunks, reports = io_of(actor_critic, small_policy(), env), env.step_chunk, [], []
+    env.step_chunk = lambda *args: (chunks.append(args), real(*args))[1]
+
+    def report(*progress):
+        reports.append(progress)
+
+    evaluate_policy(actor_critic, env, io, evaluation_ids(env.spec, 2), progress=report)
+    assert len(reports) == len(chunks) > 1
+    assert [done for done, _, _ in reports] == [0] * (len(chunks) - 1) + [2]
+    others = iter([*[True] * len(chunks), False])
+    reports.clear()
+    evaluate_policy(
+        actor_critic, env, io, np.zeros((0, 2), np.int64), progress=report, agree=lambda mine: next(others)
+    )
+    assert reports == [(0, 0, "")] * len(chunks)
+
+
 def test_more_tasks_than_environments_are_all_evaluated(actor_critic, small_policy, metaworld_env):
     env = metaworld_env("metaworld:handle-press-v3,button-press-topdown-v3", max_episode_steps=5, num_envs=1)
     ids = evaluation_ids(env.spec, 4)

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,11 @@ torch.set_num_threads(1)
 from pi_rl import FlowPPOConfig, FlowPPOTrainer
 
 policy, out, mode = sys.argv[1:]
-args = FlowPPOConfig(output_dir=out, use_cpu=True, num_iterations=500, num_envs=8, rollout_chunks=4, update_epochs=1,
+long = {"update_epochs": 64, "save_every_iterations": None} if mode == "long update" else {}
+options = {"update_epochs": 1, "save_every_iterations": 1, **long}
+args = FlowPPOConfig(output_dir=out, use_cpu=True, num_iterations=500, num_envs=8, rollout_chunks=4,
                      per_device_train_batch_size=16, eval_episodes=0, critic_hidden_sizes=[16], noise_std_min=0.4,
-                     noise_std_max=1.0, save_every_iterations=1, save_total_limit=2, disable_tqdm=True)
+                     noise_std_max=1.0, save_total_limit=2, disable_tqdm=True, **options)
 trainer = FlowPPOTrainer(policy, args, "toy:point-mass", {"max_episode_steps": 8})
 shown = trainer.report.rollout_progress
 def progress(done, total, text):
@@ -31,9 +34,19 @@ def progress(done, total, text):
         pathlib.Path(out, "pid").write_text(str(os.getpid()))
         if mode == "raise":
             raise ValueError("the simulator of process 1 is broken")
-        time.sleep(600)
+        if mode == "kill":
+            time.sleep(600)
     shown(done, total, text)
 trainer.report.rollout_progress = progress
+if mode == "long update":
+    guard = trainer.guard
+    def slow_guard(*call):
+        if trainer.iteration == 2:
+            if args.process_index == 1 and trainer.state.global_step > 128:
+                pathlib.Path(out, "pid").write_text(str(os.getpid()))
+            time.sleep(1)
+        guard(*call)
+    trainer.guard = slow_guard
 trainer.train()
 """
 
@@ -115,30 +128,46 @@ def test_both_processes_end_and_save_when_one_is_told_to(toy_trainer, fork_ranks
     assert_same_end(tmp_path / "straight", root)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["kill", "raise"])
-def test_a_launched_run_ends_when_one_process_does(mlp_folder, tmp_path, mode):
-    """``accelerate launch`` with the recipes' file: nothing is left running, and the reason is printed."""
-    script, out = tmp_path / "train.py", tmp_path / "run"
+@contextmanager
+def launch(tmp_path, policy, out, mode, **environment):
+    """A run of two processes under ``accelerate launch`` with the recipes' file; yields the launcher and the log."""
+    script, log = tmp_path / "train.py", tmp_path / "log"
     script.write_text(PROGRAM)
     layout = ROOT / "recipes" / "accelerate" / "cpu_ddp.yaml"
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(layout), str(script)]
-    log = tmp_path / "log"
     with log.open("w") as file:
         launched = subprocess.Popen(
-            [*command, str(mlp_folder), str(out), mode],
-            env={**os.environ, "ACCELERATE_USE_CPU": "true"},
+            [*command, str(policy), str(out), mode],
+            env={**os.environ, "ACCELERATE_USE_CPU": "true", **environment},
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
     try:
+        yield launched, log
+    finally:
+        if launched.poll() is None:
+            os.killpg(launched.pid, signal.SIGKILL)
+            launched.wait()
+
+
+def wait_for_rank(launched, log, out):
+    """Until the second process tells its number, at the point that its mode names."""
+    until = time.monotonic() + 300
+    while not (out / "pid").exists():
+        assert launched.poll() is None, log.read_text()
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["kill", "raise"])
+def test_a_launched_run_ends_when_one_process_does(mlp_folder, tmp_path, mode):
+    """``accelerate launch`` with the recipes' file: nothing is left running, and the reason is printed."""
+    out = tmp_path / "run"
+    with launch(tmp_path, mlp_folder, out, mode) as (launched, log):
         if mode == "kill":
-            until = time.monotonic() + 300
-            while not (out / "pid").exists():
-                assert launched.poll() is None, log.read_text()
-                assert time.monotonic() < until
-                time.sleep(0.1)
+            wait_for_rank(launched, log, out)
             time.sleep(0.5)
             os.kill(int((out / "pid").read_text()), signal.SIGKILL)
         assert launched.wait(300) != 0
@@ -150,7 +179,21 @@ def test_a_launched_run_ends_when_one_process_does(mlp_folder, tmp_path, mode):
         assert newest_checkpoint(out) == out / "checkpoint-2"
         with pytest.raises(ProcessLookupError):  # nobody of its session is left
             os.killpg(launched.pid, 0)
-    finally:
-        if launched.poll() is None:
-            os.killpg(launched.pid, signal.SIGKILL)
-            launched.wait()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_launcher_told_to_end_lets_its_processes_save(mlp_folder, tmp_path, signum):
+    """It kills them after 30 s, before the update of this run would end."""
+    out = tmp_path / "run"
+    handled = {"PET_SIGNALS_TO_HANDLE": "SIGTERM,SIGINT,SIGUSR1"}
+    with launch(tmp_path, mlp_folder, out, "long update", **(handled if signum == signal.SIGUSR1 else {})) as started:
+        launched, log = started
+        wait_for_rank(launched, log, out)
+        launched.send_signal(signum)
+        assert launched.wait(300) == 1
+        text = log.read_text()
+    assert f"Ended by {signum.name}; {out / 'checkpoint-128'} is complete" in text, text[-3000:]
+    assert "It repeats the iteration whose updates were cut short" in text
+    assert "forcefully exiting via" not in text.lower()  # what torch says when it kills after 30 s
+    assert newest_checkpoint(out) == out / "checkpoint-128"

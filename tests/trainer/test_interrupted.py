@@ -80,7 +80,7 @@ def test_a_policy_that_was_half_saved_by_a_killed_run_is_removed(toy_trainer, fo
 
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_as_one_that_never_was(toy_trainer, fork, tmp_path, assert_same_end):
-    """SIGKILL at random moments, most of them within a save: it saves after every iteration, and slowly."""
+    """SIGKILL at random moments, some of them within a save: it saves after every iteration, and slowly."""
     toy_trainer(tmp_path / "straight").train()
     delays = random.Random(0)
     root = tmp_path / "run"
@@ -91,19 +91,31 @@ def test_a_run_killed_again_and_again_ends_as_one_that_never_was(toy_trainer, fo
         trainer = toy_trainer(root)
         trainer.train(resume_from_checkpoint=newest_checkpoint(root) is not None)
 
-    code = None
+    code, hit_saves = None, 0
     for _ in range(25):
         attempt = fork(run)
         time.sleep(delays.uniform(0.3, 2.5))
         attempt.kill(signal.SIGKILL)
         code = attempt.wait()
+        hit_saves += code != 0 and (root / ".incomplete").exists()
         for folder in checkpoints(root):
             check_checkpoint(folder)
         if code == 0:
             break
     if code != 0:
         assert fork(run).wait() == 0
+    assert hit_saves > 0
     assert_same_end(tmp_path / "straight", root)
+
+
+def test_temporary_folders_of_killed_runs_are_removed_and_no_others(tmp_path):
+    left = [".policy-ab3d_f9h", ".sft-abcdefgh", ".init-abcdefgh", ".sft.partial-abcdefgh", ".demos.partial-abcdefgh"]
+    kept = [".policy-backup", ".sftx-abcdefgh", ".other-abcdefgh", "policy-abcdefgh", ".push-abcdefgh"]
+    for name in (*left, *kept):
+        (tmp_path / name / "inside").mkdir(parents=True)
+    (tmp_path / ".sft-abcdefg1").touch()
+    checkpoint_folders.clean_up(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*kept, ".sft-abcdefg1"])
 
 
 def truncate(path):

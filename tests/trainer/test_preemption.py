@@ -99,7 +99,7 @@ def test_before_the_first_iteration_there_is_nothing_to_save(toy_trainer, fork, 
 
 def test_a_second_signal_ends_the_run_at_once(toy_trainer, fork, tmp_path, monkeypatch):
     monkeypatch.setattr(preemption, "SAME_REQUEST_S", 0.2)
-    marker, told = tmp_path / "update", tmp_path / "told"
+    marker = tmp_path / "update"
 
     class Slow(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
@@ -117,7 +117,6 @@ def test_a_second_signal_ends_the_run_at_once(toy_trainer, fork, tmp_path, monke
     time.sleep(0.5)
     stubborn.kill(signal.SIGTERM)
     assert stubborn.wait() == -signal.SIGTERM
-    assert not told.exists()
     assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-4"]
 
 
@@ -173,6 +172,110 @@ def test_training_in_another_thread_leaves_signals_alone(toy_trainer):
     assert errors == []
     assert trainer.state.global_step == 4
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_state_is_saved_before_simulators_are_waited_for(toy_trainer, tmp_path, caplog):
+    """One that breaks down then costs nothing: the checkpoint is there."""
+
+    trainer = toy_trainer(**OPTIONS)
+
+    class Broken(type(trainer.env)):
+        def finish_chunk(self):
+            if trainer._signals.received:
+                raise RuntimeError("the simulator is broken")
+            return super().finish_chunk()
+
+    def told_while_a_chunk_is_under_way(done, total, text):
+        if trainer.iteration == 1:
+            signal.raise_signal(signal.SIGTERM)
+            assert trainer.env.pending_chunks
+
+    trainer.env.__class__ = Broken
+    trainer.report.rollout_progress = told_while_a_chunk_is_under_way
+    with pytest.raises(preemption.Preempted):
+        trainer.train()
+    assert [path.name for path in checkpoints(tmp_path / "run")] == ["checkpoint-4"]
+    assert "did not end the chunk that they were in: the simulator is broken" in caplog.text
+
+
+def test_under_a_launcher_an_update_does_not_go_on_to_its_end(toy_trainer, fork, tmp_path):
+    """It would be killed after 30 s; what is saved has the last iteration's counters, and the run goes on from it."""
+    marker, root = tmp_path / "update", tmp_path / "run"
+
+    def run():
+        trainer = toy_trainer(root, **OPTIONS)
+        wait_at(trainer, "update", marker, iteration=2)
+        trainer.train()
+        raise AssertionError("not ended")
+
+    told = fork(run, {"TORCHELASTIC_RUN_ID": "a test"})
+    told.wait_for(marker)
+    told.kill(signal.SIGTERM)
+    assert told.wait() == 75, told.output
+    assert "the run ends as soon as it can" in told.output
+    assert "It repeats the iteration whose updates were cut short" in told.output
+    assert [path.name for path in checkpoints(root)] == ["checkpoint-8"]
+    resumed = toy_trainer(root, **OPTIONS)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 16
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("demonstrations", "sft")), "baseline", "evaluation"],
+)
+def test_a_signal_in_another_stage_ends_a_recipe_with_75_too(mlp_folder, fork, tmp_path, monkeypatch, stage):
+    """What was complete is kept, and the run goes on from there; nothing temporary is left."""
+    from pi_rl import recipe_main
+    from pi_rl.trainer import sft
+    from pi_rl.trainer.flow_ppo_trainer import FlowPPOTrainer
+
+    marker, root = tmp_path / "stage", tmp_path / "run"
+    small = stage in ("demonstrations", "sft")
+    words = ["--no_video", "--output_dir", str(root), "--use_cpu", "--num_envs", "2", "--rollout_chunks", "2",
+             "--update_epochs", "1", "--per_device_train_batch_size", "4", "--num_iterations", "1", "--eval_episodes",
+             "2", "--critic_hidden_sizes", "16", "--save_every_iterations", "1"]  # fmt: skip
+    if small:
+        words += ["--env", "metaworld:handle-press-v3", "--env_options", "{image_size: 32, fast_rendering: true}",
+                  "--image_resolution", "32", "--demos_per_task", "2", "--sft_steps", "2"]  # fmt: skip
+    else:
+        words += ["--env", "toy:point-mass", "--env_options", "{max_episode_steps: 8}", "--model", str(mlp_folder)]
+    real = FlowPPOTrainer.evaluate
+
+    def pause(*args, **kwargs):
+        marker.touch()
+        time.sleep(600)
+
+    def evaluate(self, *args, **kwargs):
+        after = self.state.global_step > 0
+        return pause() if after == (stage == "evaluation") else real(self, *args, **kwargs)
+
+    def run():
+        if stage == "demonstrations":
+            monkeypatch.setattr("pi_rl.demonstrations._Tally.keep", pause)
+        elif stage == "sft":
+            monkeypatch.setattr(sft.SftProcess, "run", pause)
+        else:
+            monkeypatch.setattr(FlowPPOTrainer, "evaluate", evaluate)
+        recipe_main("A test.", None, "flow_noise", words)
+
+    told = fork(run)
+    told.wait_for(marker)
+    told.kill(signal.SIGTERM)
+    assert told.wait() == 75, told.output
+    assert "SIGTERM: the run ends; what is complete is kept." in told.output
+    assert f"Go on with the run: pi-rl train --resume {root}" in told.output
+    assert "Traceback" not in told.output
+    left = {path.name for path in root.iterdir()}
+    assert "pi_rl_config.yaml" in left
+    assert ("demos" in left) == (stage == "sft")
+    assert not [name for name in left if "partial" in name]
+    if small:
+        return
+    again = fork(lambda: recipe_main("A test.", None, "flow_noise", words))
+    assert again.wait() == 0, again.output
+    assert (root / "results.json").exists()
+    assert ("iteration 1/1" in again.output) == (stage == "baseline")
 
 
 def test_a_recipe_ends_with_75_and_the_same_command_goes_on(mlp_folder, fork, tmp_path, monkeypatch):
