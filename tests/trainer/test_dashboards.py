@@ -15,7 +15,7 @@ from pi_rl import FlowPPOConfig, FlowPPOTrainer, load_policy, make_env
 from pi_rl.trainer import dashboards
 
 ITERATIONS, EPISODES, FILMS = 2, 4, 2
-TOKEN = "hf_abcdefghijklmnop"
+TOKEN = "hf_" + "f6" * 17
 METRICS = {"train/policy/approx_kl", "train/critic/loss", "train/rollout/env_steps", "train/time/update",
            "train/learning_rate", "eval/success_rate", "eval/ci95_low"}  # fmt: skip
 
