@@ -192,6 +192,11 @@ class _Session:
         )
         policy = wrap_policy(self.loaded.policy)
         check_compatibility(policy, plan.spec)
+        if policy.n_action_steps > plan.spec.max_episode_steps:
+            raise ValueError(
+                f"The policy executes {policy.n_action_steps} steps of a chunk, but episodes of {args.env} end after "
+                f"{plan.spec.max_episode_steps}; give --n_action_steps {plan.spec.max_episode_steps} or fewer."
+            )
         if isinstance(policy, PiFlowPolicy):
             policy.attention = default_attention(torch.device(plan.device))
             policy.park_language_heads()

@@ -139,6 +139,11 @@ def test_other_settings_are_refused(evaluate, tmp_path, capsys, words, message):
     assert (tmp_path / "a/episodes.jsonl").read_bytes() == before
 
 
+def test_episodes_shorter_than_a_chunk_are_refused(evaluate, capsys):
+    assert evaluate("a", options=["max_episode_steps=1"]) == 2
+    assert "executes 2 steps of a chunk, but episodes of toy:point-mass end after 1" in capsys.readouterr().err
+
+
 def test_another_policy_in_the_same_place_is_refused(evaluate, tmp_path, capsys, mlp_folder):
     policy = shutil.copytree(mlp_folder, tmp_path / "policy")
     assert evaluate("a", policy=policy) == 0
