@@ -113,6 +113,9 @@ def test_a_user_pushes_downloads_and_evaluates_with_both_packages(hub, tmp_path,
     local = tmp_path / "downloaded"
     ended_well(run_client(hub, home, BIN / "hf", "download", REPO, "--local-dir", local))
     assert (local / "model.safetensors").read_bytes() == hub.repos[REPO].files()["model.safetensors"]
+    steps = json.loads((local / "policy_preprocessor.json").read_text())["steps"]
+    named = [step["config"]["tokenizer_name"] for step in steps if step["registry_name"] == "tokenizer_processor"]
+    assert named == [REPO]  # which LeRobot goes by: the folder that the policy was made in is gone
 
     env = ["--env", "metaworld:handle-press-v3", "--env_options", "max_episode_steps=50"]
     words = [
@@ -134,5 +137,3 @@ def test_a_user_pushes_downloads_and_evaluates_with_both_packages(hub, tmp_path,
         words = [f"--policy.path={path}", f"--output_dir={tmp_path / name}", *METAWORLD]
         ended_well(run_client(hub, home, BIN / "lerobot-eval", *words, timeout=1800))  # 500 steps of 480 x 480 pixels
         assert json.loads((tmp_path / name / "eval_info.json").read_text())["overall"]["n_episodes"] == 1
-    tokenizer = f"/{REPO}/resolve/main/tokenizer.json"
-    assert hub.count("GET", tokenizer) or hub.count("HEAD", tokenizer)  # LeRobot goes by the name in the preprocessor
