@@ -5,6 +5,7 @@ its tokenizer must be installed ones. A file lies in the folder, under a plain n
 """
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -21,7 +22,7 @@ from huggingface_hub.errors import (
 from lerobot.processor import ProcessorStepRegistry
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from pi_rl.progress import say
+logger = logging.getLogger(__name__)
 
 MB = 10**6
 LARGEST = {".json": 100 * MB, ".model": 100 * MB, ".jinja": MB, ".md": 10 * MB, ".safetensors": 100_000 * MB}
@@ -118,7 +119,7 @@ def _cached(hub_id: str, revision: str | None, patterns: Sequence[str], reason: 
         ) from reason
     if not isinstance(reason, OfflineModeIsEnabled):
         said = (str(reason).splitlines() or [type(reason).__name__])[0]
-        say(f"The Hub did not give {hub_id} ({said}); commit {folder.name[:8]} from its cache is used.")
+        logger.warning(f"The Hub did not give {hub_id} ({said}); commit {folder.name[:8]} from its cache is used.")
     return folder
 
 

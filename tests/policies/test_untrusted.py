@@ -344,14 +344,14 @@ def test_a_huge_tokenizer_on_the_hub_is_not_asked_for(copied, with_hub_tokenizer
     assert not [path for _, path, _ in hub.seen if "/resolve/" in path]
 
 
-def test_the_use_of_a_cached_copy_is_said(copied, with_hub_tokenizer, hub, capsys):
+def test_the_use_of_a_cached_copy_is_said(copied, with_hub_tokenizer, hub, caplog):
     load_policy(copied)
-    assert "from its cache is used" not in capsys.readouterr().out
+    assert "from its cache is used" not in caplog.text
     hub.refuse["/api/models/somebody/tokenizer/revision/main"] = [401, 401]
     hub.refuse["/api/models/somebody/tokenizer"] = [401, 401]
     load_policy(copied)
-    assert "The Hub did not give somebody/tokenizer (" in (said := capsys.readouterr().out)
-    assert f"commit {COMMIT[:8]} from its cache is used" in said
+    assert "The Hub did not give somebody/tokenizer (" in caplog.text
+    assert f"commit {COMMIT[:8]} from its cache is used" in caplog.text
 
 
 def test_a_listing_of_good_names_is_downloaded():
@@ -468,6 +468,7 @@ for name in sys.argv[1:]:
     assert done.returncode == 0, done.stderr
     again = run("somebody/good")  # the server is gone: from the cache
     assert again.stdout.splitlines() == done.stdout.splitlines()[:1], again.stderr
+    assert "from its cache is used" in again.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == f"somebody/good {sorted(good)}"
     assert "refused" in lines[1]
