@@ -80,7 +80,7 @@ def test_a_policy_that_was_half_saved_by_a_killed_run_is_removed(toy_trainer, fo
 
 @pytest.mark.slow
 def test_a_run_killed_again_and_again_ends_as_one_that_never_was(toy_trainer, fork, tmp_path, assert_same_end):
-    """SIGKILL at random moments, some of them within a save: it saves after every iteration, and slowly."""
+    """SIGKILL at random moments; kills within a save, each at its place, are another test's."""
     toy_trainer(tmp_path / "straight").train()
     delays = random.Random(0)
     root = tmp_path / "run"
@@ -91,20 +91,18 @@ def test_a_run_killed_again_and_again_ends_as_one_that_never_was(toy_trainer, fo
         trainer = toy_trainer(root)
         trainer.train(resume_from_checkpoint=newest_checkpoint(root) is not None)
 
-    code, hit_saves = None, 0
+    code = None
     for _ in range(25):
         attempt = fork(run)
         time.sleep(delays.uniform(0.3, 2.5))
         attempt.kill(signal.SIGKILL)
         code = attempt.wait()
-        hit_saves += code != 0 and (root / ".incomplete").exists()
         for folder in checkpoints(root):
             check_checkpoint(folder)
         if code == 0:
             break
     if code != 0:
         assert fork(run).wait() == 0
-    assert hit_saves > 0
     assert_same_end(tmp_path / "straight", root)
 
 
