@@ -1,9 +1,11 @@
 """The version of pi_rl, written once, and the versions of what its results depend on.
 
-Bug reports and `results.json` carry the same list.
+Bug reports, checkpoints and `results.json` carry the same list.
 """
 
 import platform
+import re
+from functools import cache
 from importlib import metadata
 
 __version__ = "0.1.0.dev0"
@@ -50,8 +52,18 @@ def package_versions(simulator: str | None = None) -> dict[str, str]:
         "platform": f"{platform.system()} {platform.machine()}",
     }
     for name in (*PACKAGES, *SIMULATOR_PACKAGES.get(simulator or "", ())):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "not installed"
+        versions[name] = _installed(name)
     return versions
+
+
+@cache
+def _installed(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def simulator_of(env: str) -> str:
+    """First part of an environment's name."""
+    return re.split(r"[:_]", env, maxsplit=1)[0]

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from pi_rl.__about__ import SIMULATOR_PACKAGES
+from pi_rl.__about__ import SIMULATOR_PACKAGES, simulator_of
 from pi_rl.rollout.summary import EvalSummary, TaskSummary
 from pi_rl.secrets import redacted
 
@@ -269,11 +269,6 @@ def policy_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or not isinstance(config.get("type"), str):
         raise ValueError(f"{file} names no policy type; give the folder of a saved LeRobot policy.")
     return config
-
-
-def simulator_of(env: str) -> str:
-    """First part of an environment's name."""
-    return re.split(r"[:_]", env, maxsplit=1)[0]
 
 
 def version_lines(versions: Mapping[str, str], env: str) -> dict[str, str]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pi_rl.__about__ import package_versions
+from pi_rl.__about__ import simulator_of
 from pi_rl.arguments import CONFIG_NAME
 from pi_rl.hub.card import (
     OWN_TYPES,
@@ -18,7 +18,6 @@ from pi_rl.hub.card import (
     license_sentence,
     policy_config,
     save_card,
-    simulator_of,
     start_of,
     version_lines,
 )
@@ -56,7 +55,7 @@ class _Known:
         evaluations: Log entries up to these weights.
         config: Settings of the run.
         config_text: Their YAML.
-        versions: Of packages.
+        versions: Of packages, as the checkpoint has them, else the run's record.
     """
 
     step: int | None
@@ -193,7 +192,7 @@ def _known(folder: Path, record: RunRecord | None, told: Iterable[Entry] | None)
     config = record.config if record else {}
     env = str(config.get("env") or (counters.get("env") or {}).get("name") or "")
     base, base_license, start = _start(folder, config, counters)
-    here = package_versions(simulator_of(env)) if told is not None else {}
+    versions = counters.get("versions") or (record.versions if record else {})
     return _Known(
         step=step,
         iteration=0 if starts_here else counters.get("iteration"),
@@ -206,7 +205,7 @@ def _known(folder: Path, record: RunRecord | None, told: Iterable[Entry] | None)
         evaluations=evaluations,
         config=config,
         config_text=record.config_text if record else "",
-        versions=(record.versions if record else {}) or here,
+        versions={str(package): str(version) for package, version in dict(versions).items()},
     )
 
 

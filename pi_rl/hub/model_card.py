@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from pi_rl.__about__ import simulator_of
 from pi_rl.hub.card import (
     OWN_TYPES,
     PAPER,
@@ -15,7 +16,6 @@ from pi_rl.hub.card import (
     license_sentence,
     policy_config,
     save_card,
-    simulator_of,
     start_of,
     version_lines,
 )

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, set_seed
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.trainer_callback import PrinterCallback
 
+from pi_rl.__about__ import package_versions, simulator_of
 from pi_rl.argument_values import to_plain
 from pi_rl.envs.registry import make_env
 from pi_rl.envs.vector_env import VectorEnv
@@ -189,9 +190,10 @@ class FlowTrainer(PushingTrainer, InterruptibleTrainer):
         return all_reduce(self.accelerator, values, "sum")
 
     def rl_state(self) -> dict[str, Any]:
-        """Counters, and the environment: its options are known where the trainer made it, else null."""
-        options = to_plain(self._env_options, strict=False) if self._env_owned else None
-        return {**super().rl_state(), "env": {"name": self.env.spec.name, "options": options}}
+        """Counters, versions, and the environment: its options are known where the trainer made it, else null."""
+        options, name = to_plain(self._env_options, strict=False) if self._env_owned else None, self.env.spec.name
+        versions = package_versions(simulator_of(name))
+        return {**super().rl_state(), "env": {"name": name, "options": options}, "versions": versions}
 
     # ---- construction ----------------------------------------------------------------------------------------------
 

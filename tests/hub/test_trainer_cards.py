@@ -1,6 +1,7 @@
 """Cards of policies that a trainer in somebody's own program trains: what they say, and that they stay true."""
 
 import json
+from importlib import metadata
 
 import pytest
 from huggingface_hub import ModelCard
@@ -85,6 +86,7 @@ def test_a_policy_saved_by_hand_is_described_by_the_checkpoints_beside_it(hub_he
     text = hub_here.repos[REPO].files()["README.md"].decode()
     assert text.count("| these |") == 1
     assert "pi-rl train --config" not in text
+    assert f"torch {metadata.version('torch')}" in text
 
 
 def test_an_evaluation_of_an_older_state_is_not_claimed_for_a_later_policy(make, tmp_path):
