@@ -175,6 +175,7 @@ install_system_packages() {
 
 # LIBERO's dependencies hold two sources in C++ that are built with cmake.
 prepare_build_tools() {
+    export CMAKE_POLICY_VERSION_MINIMUM=${CMAKE_POLICY_VERSION_MINIMUM:-3.5} # one asks for CMake 3.1, which 4 refuses
     if has_extra libero && ! { command -v cmake && command -v c++ && command -v make; } >/dev/null 2>&1; then
         install_system_packages "LIBERO's packages need a C++ compiler and cmake" cmake g++ make
     fi
