@@ -28,7 +28,7 @@ from pi_rl.policies.checkpoints import (
     set_tokenizer_name,
 )
 from pi_rl.policies.lora import ADAPTER_CONFIG_FILE, ADAPTER_WEIGHTS_FILE
-from pi_rl.policies.untrusted import WHOLE_CHECKPOINT, read_json
+from pi_rl.policies.untrusted import WHOLE_CHECKPOINT, read_json, read_steps
 from pi_rl.policies.weight_files import INDEX_FILE
 from pi_rl.policies.wrap import supported_config_types
 from pi_rl.secrets import redacted
@@ -319,15 +319,16 @@ def _with_tokenizer_name(policy: Path, repo_id: str) -> dict[str, str]:
     """Preprocessor and configuration that name the tokenizer as it is found after the upload, by file name."""
     if not (policy / PREPROCESSOR_FILE).is_file():
         raise ValueError(f"{policy} has no {PREPROCESSOR_FILE}; give a policy folder in LeRobot's layout.")
+    read_steps(policy / PREPROCESSOR_FILE)  # whose error names this file and not its copy
     with tempfile.TemporaryDirectory() as staging:
         for name in (PREPROCESSOR_FILE, CONFIG_FILE):
             shutil.copyfile(policy / name, Path(staging) / name)
         if has_tokenizer_files(policy):
             set_tokenizer_name(staging, repo_id)
         texts = {name: (Path(staging) / name).read_text(encoding="utf-8") for name in (PREPROCESSOR_FILE, CONFIG_FILE)}
-    for step in json.loads(texts[PREPROCESSOR_FILE])["steps"]:
-        named = step.get("config", {}).get("tokenizer_name")
-        if named and Path(named).is_absolute():
+        steps = read_steps(Path(staging) / PREPROCESSOR_FILE)
+    for named in (step.get("config", {}).get("tokenizer_name") for step in steps):
+        if isinstance(named, str) and Path(named).is_absolute():
             raise ValueError(
                 f"{policy} refers to the tokenizer in {named}, a folder of this machine that is not uploaded. Copy "
                 f"its files ({', '.join(TOKENIZER_FILES[:3])}, …) into the policy folder."

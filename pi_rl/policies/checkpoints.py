@@ -304,7 +304,7 @@ def set_tokenizer_name(folder: str | Path, name: str) -> None:
     pipeline = read_json(path, "preprocessor")
     for step in pipeline["steps"]:
         if step.get("registry_name") == TOKENIZER_STEP:
-            step["config"]["tokenizer_name"] = name
+            step.setdefault("config", {})["tokenizer_name"] = name
     path.write_text(json.dumps(pipeline, indent=2))
     path = Path(folder) / CONFIG_FILE
     config = read_json(path, "configuration")

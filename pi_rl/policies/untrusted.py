@@ -256,11 +256,23 @@ def _check_tokenizer_files(folder: Path) -> None:
                 read_json(path, "tokenizer configuration" if path.name != "config.json" else "configuration")
 
 
+def read_steps(path: Path) -> list[dict[str, Any]]:
+    """Steps of a processor's JSON file.
+
+    Raises:
+        ValueError: If the file is missing, is no JSON object or does not list steps with their settings.
+    """
+    steps = read_json(path, "processor").get("steps")
+    if not isinstance(steps, list) or not all(
+        isinstance(step, dict) and isinstance(step.get("config", {}), dict) for step in steps
+    ):
+        raise ValueError(f"{path} must list its steps, got {_short(steps)}; copy or download it again.")
+    return steps
+
+
 def _check_steps(path: Path) -> None:
     """Refuses steps of a processor that are not known: LeRobot would import whatever class a step names."""
-    steps = read_json(path, "processor").get("steps")
-    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
-        raise ValueError(f"{path} must list its steps, got {_short(steps)}; copy or download it again.")
+    steps = read_steps(path)
     _check_tokenizer_steps(path, [step.get("registry_name") for step in steps])
     for step in steps:
         name, config, state = step.get("registry_name"), step.get("config", {}), step.get("state_file", "")

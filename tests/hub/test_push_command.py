@@ -77,10 +77,17 @@ def test_refusals_are_code_2_and_failures_code_1(hub_here, folder, capsys, monke
         (["policy", "--repo", REPO, "--whole", "best"], "named last-checkpoint or checkpoint-N"),
         (["policy", "--repo", REPO, "--whole", "checkpoint-4"], "no checkpoint of a training run"),
         (["policy"], "--repo"),
+        (["stages", "--repo", REPO], "must list its steps, got None"),
+        (["settings", "--repo", REPO], "must list its steps, got"),
+        (["cut", "--repo", REPO, "--dry_run"], "is not readable as JSON"),
     ],
 )
 def test_what_the_user_can_put_right_is_said_without_traceback(folder, monkeypatch, capsys, words, told):
     (folder.parent / "empty").mkdir()
+    damaged = {"stages": '{"stages": []}', "settings": '{"steps": [{"config": []}]}', "cut": '{"steps": ['}
+    for name, text in damaged.items():
+        shutil.copytree(folder, folder.parent / name)
+        (folder.parent / name / "policy_preprocessor.json").write_text(text)
     monkeypatch.chdir(folder.parent)
     assert main(["push", *words]) == 2
     error = capsys.readouterr().err
