@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.trainer.options import small_options
+
 TIMEOUT_S = 120  # bounds a hang; nothing here takes seconds on an idle computer
 
 
@@ -132,25 +134,7 @@ def toy_trainer(mlp_folder, tmp_path):
     made = []
 
     def make(output_dir=tmp_path / "run", callbacks=None, env="toy:point-mass", env_kwargs=None, **overrides):
-        options = {
-            "output_dir": str(output_dir),
-            "use_cpu": True,
-            "seed": 3,
-            "num_iterations": 4,
-            "num_envs": 4,
-            "rollout_chunks": 4,
-            "per_device_train_batch_size": 8,
-            "update_epochs": 2,
-            "noise_std_min": 0.4,
-            "noise_std_max": 1.0,
-            "critic_hidden_sizes": [16],
-            "learning_rate": 1e-3,
-            "eval_episodes": 4,
-            "eval_on_start": False,
-            "save_every_iterations": 1,
-            "disable_tqdm": True,
-            **overrides,
-        }
+        options = small_options(output_dir, **{"num_iterations": 4, "save_every_iterations": 1, **overrides})
         kwargs = {"max_episode_steps": 8} if env_kwargs is None and isinstance(env, str) else env_kwargs
         made.append(FlowPPOTrainer(mlp_folder, FlowPPOConfig(**options), env, kwargs, callbacks=callbacks))
         return made[-1]
@@ -172,26 +156,9 @@ def filmed_trainer(small_pi0_folder, tmp_path):
     made = []
 
     def make(output_dir=tmp_path / "run", **overrides):
-        options = {
-            "output_dir": str(output_dir),
-            "use_cpu": True,
-            "seed": 3,
-            "num_iterations": 2,
-            "num_envs": 2,
-            "rollout_chunks": 2,
-            "per_device_train_batch_size": 4,
-            "update_epochs": 1,
-            "noise_std_min": 0.4,
-            "noise_std_max": 1.0,
-            "critic_hidden_sizes": [16],
-            "eval_episodes": 2,
-            "eval_videos": 2,
-            "eval_every_iterations": 1,
-            "eval_on_start": False,
-            "save_every_iterations": 1,
-            "disable_tqdm": True,
-            **overrides,
-        }
+        short = {"num_envs": 2, "rollout_chunks": 2, "per_device_train_batch_size": 4, "update_epochs": 1}
+        filmed = {"eval_episodes": 2, "eval_videos": 2, "eval_every_iterations": 1, "save_every_iterations": 1}
+        options = small_options(output_dir, **{**short, **filmed, **overrides})
         env, env_kwargs = "metaworld:handle-press-v3", {"image_size": 32, "fast_rendering": True, "hide_arm": True}
         env_kwargs["max_episode_steps"] = 15
         made.append(FlowPPOTrainer(str(small_pi0_folder), FlowPPOConfig(**options), env, env_kwargs))

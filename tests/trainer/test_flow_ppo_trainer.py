@@ -7,27 +7,11 @@ import torch
 from transformers import TrainerCallback
 
 from pi_rl import FlowPPOConfig, FlowPPOTrainer
+from tests.trainer.options import small_options
 
 
 def config(tmp_path, **overrides):
-    options = {
-        "output_dir": str(tmp_path / "run"),
-        "use_cpu": True,
-        "seed": 3,
-        "num_iterations": 2,
-        "num_envs": 4,
-        "rollout_chunks": 4,
-        "per_device_train_batch_size": 8,
-        "update_epochs": 2,
-        "noise_std_min": 0.4,
-        "noise_std_max": 1.0,
-        "critic_hidden_sizes": [16],
-        "learning_rate": 1e-3,
-        "eval_episodes": 4,
-        "eval_on_start": False,
-        "disable_tqdm": True,
-    }
-    return FlowPPOConfig(**{**options, **overrides})
+    return FlowPPOConfig(**small_options(**{"output_dir": tmp_path / "run", **overrides}))
 
 
 def parameters(trainer):
