@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 
 from pi_rl.arguments import Program
-from pi_rl.cli.parser import CommandParser, UserError, user_errors
-from pi_rl.cli.train import config_words
+from pi_rl.cli.parser import UserError, user_errors
+from pi_rl.cli.train import config_words, recipe_parser
 from pi_rl.recipe_configs import config_names, find_config
 from pi_rl.sft_recipe import CONFIG_NAME, sft_main, work_folder
 
@@ -31,21 +30,13 @@ PROGRAM = Program(
 )
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser("sft", add_help=False)
-    parser.add_argument("--config")
-    parser.add_argument("--resume", type=Path)
-    parser.add_argument("--list", action="store_true")
-    return parser
-
-
 def run(argv: Sequence[str]) -> int:
     """Runs the subcommand; returns the exit code.
 
     Raises:
         UserError: Something that the user can put right.
     """
-    values, rest = _parser().split(argv)
+    values, rest = recipe_parser("sft").split(argv)
     if values.list:
         print("\n".join(config_names(sft=True)))
         return 0

@@ -31,10 +31,14 @@ PROGRAM = Program(
 )
 
 
-def _parser() -> CommandParser:
-    parser = CommandParser("train", add_help=False)
+def recipe_parser(command: str) -> CommandParser:
+    """Options of a subcommand that runs a recipe, beside the recipe's own.
+
+    Args:
+        command: "train" or "sft".
+    """
+    parser = CommandParser(command, add_help=False)
     parser.add_argument("--config")
-    parser.add_argument("--algorithm", choices=tuple(NOISE))
     parser.add_argument("--resume", type=Path)
     parser.add_argument("--list", action="store_true")
     return parser
@@ -46,7 +50,9 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         UserError: Something that the user can put right.
     """
-    values, rest = _parser().split(argv)
+    parser = recipe_parser("train")
+    parser.add_argument("--algorithm", choices=tuple(NOISE))
+    values, rest = parser.split(argv)
     if values.list:
         print("\n".join(config_names()))
         return 0
