@@ -292,7 +292,7 @@ def _check_together(recipe: RecipeArguments, rl: "FlowConfig", spec: "EnvSpec") 
 def _prepare_folder(run: _Run) -> None:
     """Claims the output folder, or continues the same run in it; refuses another run's."""
     from pi_rl.hub.results import RESULTS_NAME
-    from pi_rl.trainer.checkpoint_folders import check_checkpoint, clean_up
+    from pi_rl.trainer.checkpoint_folders import clean_up
     from pi_rl.trainer.disk import check_output_folder
     from pi_rl.trainer.processes import first_decides
 
@@ -305,7 +305,7 @@ def _prepare_folder(run: _Run) -> None:
                 f"{run.folder} holds a finished run ({finished} is there). Give another --output_dir, or delete it."
             )
         if run.rl.resume_from_checkpoint is not None:
-            check_checkpoint(Path(run.rl.resume_from_checkpoint))
+            _check_beginning(Path(run.rl.resume_from_checkpoint), run.folder)
         run.claimed = not config.exists()
         check_output_folder(run.folder)
         changed = changed_settings((run.recipe, run.rl), config)
@@ -321,6 +321,22 @@ def _prepare_folder(run: _Run) -> None:
         clean_up(run.folder)
 
     first_decides(claim)
+
+
+def _check_beginning(checkpoint: Path, folder: Path) -> None:
+    """Refuses a checkpoint that cannot be resumed, and one of the run's own: the run goes on from its newest.
+
+    Raises:
+        ValueError: Saying why.
+    """
+    from pi_rl.trainer.checkpoint_folders import check_checkpoint
+
+    check_checkpoint(checkpoint)
+    if checkpoint.resolve().parent == folder.resolve():
+        raise ValueError(
+            f"--resume_from_checkpoint {checkpoint} is of the run in {folder} itself, which goes on from its newest "
+            "checkpoint without that option. To begin again from an earlier one, give another --output_dir."
+        )
 
 
 def _release_folder(run: _Run) -> None:

@@ -1,14 +1,13 @@
 """Checkpoint folders of a run on disk: which are complete, which is the newest, what may be deleted.
 
 A checkpoint is written into `.incomplete/`, flushed to disk and renamed, so a killed process leaves the earlier ones
-as they were. `rl_state.json` is written last and lists the other files.
+as they were. `rl_state.json` is written last and lists the other files; its `save` counts the run's saves.
 """
 
 import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -160,13 +159,27 @@ def step_of(folder: Path) -> int:
     return int(match[1])
 
 
+def save_of(folder: Path) -> int:
+    """Number of the save that wrote a checkpoint; 0 where its file cannot tell.
+
+    It goes on counting where a run is resumed from an early checkpoint, whose steps come once more.
+    """
+    try:
+        number = read_json(folder / RL_STATE_NAME).get("save")
+    except (ValueError, OSError):
+        return 0
+    return number if isinstance(number, int) else 0
+
+
 def newest_checkpoint(root: Path) -> Path | None:
-    """The newest checkpoint that is complete and readable; says which newer ones are not, and why.
+    """The checkpoint written last that is complete and readable; says which later ones are not, and why.
+
+    After a run was resumed from an early checkpoint these are the ones of its new branch, not those with a higher N.
 
     Args:
         root: Output folder of the run.
     """
-    for folder in reversed(checkpoints(root)):
+    for folder in reversed(_by_age(root)):
         try:
             check_checkpoint(folder)
         except CheckpointError as error:
@@ -269,7 +282,7 @@ def remove_old(root: Path, limit: int | None, keep: Path, best: str | None) -> N
     if limit is None or limit <= 0:
         return
     try:
-        folders = list(_by_age(root))
+        folders = _by_age(root)
     except OSError as error:
         logger.warning(f"No old checkpoint of {root} is deleted this time: {error}.")
         return
@@ -287,9 +300,9 @@ def remove_old(root: Path, limit: int | None, keep: Path, best: str | None) -> N
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _by_age(root: Path) -> Iterator[Path]:
-    """Oldest first by when they were written: a run that was resumed from an early one leaves later ones behind."""
-    yield from sorted(checkpoints(root), key=lambda folder: (folder.stat().st_mtime_ns, step_of(folder)))
+def _by_age(root: Path) -> list[Path]:
+    """Checkpoints in the order in which they were written, which copying the folder does not change."""
+    return sorted(checkpoints(root), key=lambda folder: (save_of(folder), step_of(folder)))
 
 
 def _problem(folder: Path) -> CheckpointError | None:

@@ -25,11 +25,13 @@ from pi_rl.trainer.checkpoint_folders import (
     STAGING_NAME,
     CheckpointError,
     check_checkpoint,
+    checkpoints,
     clean_up,
     discard_staged,
     newest_checkpoint,
     publish,
     remove_old,
+    save_of,
 )
 from pi_rl.trainer.disk import NotWritten, checkpoint_bytes, warn_about_low_disk, why_not_written
 from pi_rl.trainer.flow_config import FlowConfig
@@ -102,6 +104,7 @@ class CheckpointedTrainer(ShardedTrainer):
     _staging: Path | None = None
     _last_end: IterationEnd | None = None
     _saved_step: int | None = None
+    _save_number: int = 0  # number of the last one, counted over all branches of the run
 
     @property
     def actor_critic(self) -> FlowActorCritic:
@@ -185,6 +188,7 @@ class CheckpointedTrainer(ShardedTrainer):
         folder = Path(resume_from_checkpoint)
         state = all_succeed(lambda: self._checked_state(folder))
         self.load_rl_state(state)
+        self._save_number = save_of(folder)
         self._load_weights(folder)
         if folder.resolve().parent == Path(self.args.output_dir).resolve():
             self._saved_step = read_json(folder / TRAINER_STATE_NAME)["global_step"]
@@ -418,8 +422,10 @@ class CheckpointedTrainer(ShardedTrainer):
             self._update_callback_states()
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
             names = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file())
-            write_json(staged / RL_STATE_NAME, {**self.rl_state(), "files": names})
+            save = 1 + max([self._save_number, *map(save_of, checkpoints(root))])
+            write_json(staged / RL_STATE_NAME, {**self.rl_state(), "save": save, "files": names})
             publish(staged, root)
+            self._save_number = save
 
         self._write(final, finish)
 

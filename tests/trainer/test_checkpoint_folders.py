@@ -7,6 +7,7 @@ import os
 import shutil
 
 import pytest
+from transformers import TrainerCallback
 
 from pi_rl.policies import weights
 from pi_rl.trainer import checkpoint_folders
@@ -169,6 +170,35 @@ def test_a_checkpoint_set_aside_by_a_killed_run_gets_its_name_back(finished):
     clean_up(finished)
     check_checkpoint(finished / "checkpoint-8")
     assert not (finished / ".incomplete").exists()
+
+
+class Broken(TrainerCallback):
+    """Ends the training by an exception at the first update after a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_a_run_that_began_again_goes_on_with_its_new_branch(toy_trainer, tmp_path):
+    """Also after its folder was copied, which changes the times of files."""
+    root, copied = tmp_path / "run", tmp_path / "copied"
+    toy_trainer(num_iterations=4).train()
+    branched = toy_trainer(num_iterations=4, learning_rate=1e-4, callbacks=[Broken(8)], save_total_limit=3)
+    with pytest.raises(KeyboardInterrupt):
+        branched.train(resume_from_checkpoint=str(root / "checkpoint-4"))
+    assert names(root) == ["checkpoint-8", "checkpoint-12", "checkpoint-16"]  # the oldest, 4, was deleted
+    for name in reversed(names(root)):
+        shutil.copytree(root / name, copied / name, copy_function=shutil.copy)
+    for folder in (root, copied):
+        assert newest_checkpoint(folder) == folder / "checkpoint-8"
+    toy_trainer(num_iterations=4, learning_rate=1e-4).train(resume_from_checkpoint=True)
+    assert newest_checkpoint(root) == root / "checkpoint-16"
+    saves = {name: json.loads((root / name / "rl_state.json").read_text())["save"] for name in names(root)}
+    assert saves == {"checkpoint-8": 5, "checkpoint-12": 6, "checkpoint-16": 7}
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])

@@ -234,4 +234,8 @@ def test_a_recipe_begins_with_the_checkpoint_it_is_given(toy_trainer, mlp_folder
     assert "iteration 3/3" in second.output
     assert "iteration 2/3" not in second.output
     assert [path.name for path in checkpoints(tmp_path / "second")] == ["checkpoint-3"]
+    (tmp_path / "first" / "results.json").unlink()  # not finished, so the run would go on
+    own = fork(lambda: recipe_main("", None, "flow_noise", [*words, *given[:2]]))
+    assert own.wait() == 2, own.output
+    assert "give another --output_dir" in own.output
     assert "resume_from_checkpoint" not in (tmp_path / "second" / "pi_rl_config.yaml").read_text()
