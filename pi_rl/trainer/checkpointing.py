@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ from pi_rl.trainer.checkpoint_folders import (
 )
 from pi_rl.trainer.disk import NotWritten, checkpoint_bytes, warn_about_low_disk, why_not_written
 from pi_rl.trainer.flow_config import FlowConfig
+from pi_rl.trainer.optimizer_fit import check_optimizer_fits, check_schedule_fits
 from pi_rl.trainer.plain_state import (
     generator_states,
     read_json,
@@ -94,6 +96,8 @@ class CheckpointedTrainer(ShardedTrainer):
     """
 
     args: FlowConfig
+    lr_scheduler: Any
+    _created_lr_scheduler: bool
     _loaded: LoadedPolicy
     algorithm: str
     settings: tuple[Any, ...] = ()
@@ -200,7 +204,7 @@ class CheckpointedTrainer(ShardedTrainer):
         load_heads(folder, self.actor_critic)
 
     def _checked_state(self, folder: Path) -> dict[str, Any]:
-        """Counters of a checkpoint, if its iterations are as long as this run's."""
+        """Counters of a checkpoint, if its iterations, optimiser and schedule are such as this run's."""
         state, trainer_state = check_checkpoint(folder), read_json(folder / TRAINER_STATE_NAME)
         updates = self.args.updates_per_iteration
         if state["iteration"] * updates != trainer_state["global_step"]:
@@ -209,7 +213,20 @@ class CheckpointedTrainer(ShardedTrainer):
                 f"optimiser steps; this run has {updates} optimiser steps per iteration. Resume with the settings "
                 "of that run and as many processes (with global_batch_size their number may change)."
             )
+        optimizer = self.create_optimizer()
+        names = {parameter: name for name, parameter in self.actor_critic.named_parameters()}
+        check_optimizer_fits(folder, optimizer, names)
+        check_schedule_fits(folder, len(optimizer.param_groups), self._schedule_of)
         return state
+
+    def _schedule_of(self, optimizer: torch.optim.Optimizer) -> Any:
+        """A schedule such as this run's for another optimiser."""
+        own, created = self.lr_scheduler, self._created_lr_scheduler
+        self.lr_scheduler = None
+        try:
+            return self.create_scheduler(int(self.args.num_iterations * self.args.updates_per_iteration), optimizer)
+        finally:
+            self.lr_scheduler, self._created_lr_scheduler = own, created
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:

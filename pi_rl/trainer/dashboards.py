@@ -1,9 +1,10 @@
 """TensorBoard, Weights & Biases and Trackio: one record for the whole run, and films of evaluation episodes in it."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import numpy as np
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.integrations import TensorBoardCallback, TrackioCallback, WandbCallback
-from transformers.integrations.integration_utils import default_logdir
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, default_logdir
 
 from pi_rl.hub.videos import Frames, write_gif, write_video
 from pi_rl.progress import say
@@ -24,6 +25,7 @@ VIDEOS_NAME = "videos"
 FILM_SIZE = (256, 256)
 FRAMES_PER_SECOND = 40
 """At most so many frames of a simulated second are drawn."""
+_EVENTS = tuple(name for name in vars(TrainerCallback) if name.startswith("on_"))
 
 
 class RunLongTrackio(TrackioCallback):
@@ -34,10 +36,12 @@ class RunLongTrackio(TrackioCallback):
 
 
 def prepare_dashboards(trainer: Any) -> None:
-    """Lets what is logged before and after training go where the training's log goes, and adds the films.
+    """Lets what is logged before and after training go where the training's log goes, guards it, and adds the films.
 
     Transformers' TensorBoard callback chooses its folder at the beginning of training, and its Trackio callback ends
-    its record with it; recipes evaluate before and after.
+    its record with it; recipes evaluate before and after. A dashboard that fails once training has begun is said,
+    noted for the run's page and left out from then on; one that cannot start is an error of the first log entry or of
+    the beginning of training, before anything is trained.
 
     Args:
         trainer: A trainer with its environment; its arguments say what is reported and filmed.
@@ -50,23 +54,66 @@ def prepare_dashboards(trainer: Any) -> None:
             callback.logging_dir = str(Path(trainer.args.output_dir) / default_logdir())
     if trainer.pop_callback(TrackioCallback) is not None:
         trainer.add_callback(RunLongTrackio)
+    for callback in trainer.callback_handler.callbacks:
+        names = [name for name, kind in INTEGRATION_TO_CALLBACK.items() if isinstance(callback, kind)]
+        if names:
+            _Guard(trainer, callback, names[-1])  # of a class and its subclass, the latter
     if trainer.args.eval_videos:
         trainer.add_callback(EvaluationVideos(trainer))
 
 
 def close_dashboards(trainer: Any) -> None:
-    """Ends the records that this process has open.
+    """Ends the records that this process has open; one that cannot be ended is said, and the others are.
 
     Args:
         trainer: The trainer that wrote them.
     """
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, RunLongTrackio) and callback._initialized and trainer.is_world_process_zero():
-            callback._trackio.finish()
             callback._initialized = False
+            with _said_if_it_fails("Trackio's record", trainer.args.output_dir, "It may lack its last entries."):
+                callback._trackio.finish()
         elif isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            callback.tb_writer.close()
-            callback.tb_writer = None
+            writer, callback.tb_writer = callback.tb_writer, None
+            with _said_if_it_fails("TensorBoard's record", trainer.args.output_dir, "It may lack its last entries."):
+                writer.close()
+
+
+class _Guard:
+    """Takes a dashboard's callback out of the run when it fails once training has begun with it.
+
+    It stays out: vendors' clients try again by themselves what may work later, and TensorBoard's writer does not
+    outlive its first error.
+
+    Args:
+        trainer: Its handler calls the callback.
+        callback: Of Transformers; its events go through the guard.
+        name: As in ``report_to``.
+    """
+
+    def __init__(self, trainer: Any, callback: TrainerCallback, name: str) -> None:
+        self._trainer, self._callback, self._name = trainer, callback, name
+        self._begun = False
+        for event in _EVENTS:
+            guarded = self._begin if event == "on_train_begin" else self._pass_on
+            setattr(callback, event, partial(guarded, getattr(callback, event)))
+
+    def _begin(self, act: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        act(*args, **kwargs)  # a missing package or wrong setting is the user's to hear, while nothing is lost
+        self._begun = True
+
+    def _pass_on(self, act: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        if not self._begun:
+            act(*args, **kwargs)
+            return
+        try:
+            act(*args, **kwargs)
+        except Exception as error:  # from the vendors' clients: of any type
+            handler = self._trainer.callback_handler
+            # a new list: the handler is iterating over the old one
+            handler.callbacks = [callback for callback in handler.callbacks if callback is not self._callback]
+            what = f"The dashboard {self._name}"
+            _say_failure(what, error, self._trainer.args.output_dir, "The run goes on without it.")
 
 
 @dataclass(frozen=True)
@@ -121,7 +168,7 @@ class EvaluationVideos(TrainerCallback):
         trainer = self._trainer
         ids = evaluation_ids(trainer.env.spec, trainer.args.eval_episodes)[: trainer.args.eval_videos]
         for episode, reset_id in enumerate(ids):
-            with _left_out_if_it_fails(f"The film of evaluation episode {episode}", args.output_dir):
+            with _said_if_it_fails(f"The film of evaluation episode {episode}", args.output_dir, "Training goes on."):
                 film = self._film(episode, reset_id)
                 for callback in trainer.callback_handler.callbacks:
                     _hand_over(callback, film, f"eval/video/{episode}", state.global_step)
@@ -145,14 +192,18 @@ class EvaluationVideos(TrainerCallback):
 
 
 @contextmanager
-def _left_out_if_it_fails(what: str, folder: str) -> Iterator[None]:
-    """Says and notes what failed; training, which does not need it, goes on."""
+def _said_if_it_fails(what: str, folder: str, consequence: str) -> Iterator[None]:
+    """Says and notes what failed in the block; the run, which does not need it, goes on."""
     try:
         yield
-    except Exception as error:  # from encoders, renderers and three vendors' clients: of any type
-        text = redacted(f"{what} failed: {str(error) or type(error).__name__}. Training goes on.")
-        say(f"  {text}")
-        note_warning(folder, text)
+    except Exception as error:  # from encoders, renderers and the vendors' clients: of any type
+        _say_failure(what, error, folder, consequence)
+
+
+def _say_failure(what: str, error: Exception, folder: str, consequence: str) -> None:
+    text = redacted(f"{what} failed: {str(error) or type(error).__name__}. {consequence}")
+    say(f"  {text}")
+    note_warning(folder, text)
 
 
 def _hand_over(callback: TrainerCallback, film: Film, name: str, step: int) -> None:

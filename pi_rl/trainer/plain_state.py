@@ -65,6 +65,15 @@ def read_optimizer(folder: Path) -> dict[str, Any]:
     return _optimizer_state(folder, read_tensors(folder / OPTIMIZER_TENSORS, "optimiser state"))
 
 
+def read_optimizer_layout(folder: Path) -> dict[str, Any]:
+    """What `read_optimizer` reads, with a `StoredTensor` for every tensor; reads no tensors.
+
+    Raises:
+        ValueError: If a file is missing or damaged.
+    """
+    return _optimizer_state(folder, read_header(folder / OPTIMIZER_TENSORS))
+
+
 def check_plain_state(folder: Path) -> None:
     """Refuses an optimiser's, schedule's or generators' state that could not be loaded; reads no tensors.
 
@@ -74,12 +83,13 @@ def check_plain_state(folder: Path) -> None:
     Raises:
         ValueError: Naming the file.
     """
-    state = _optimizer_state(folder, read_header(folder / OPTIMIZER_TENSORS))
-    indices: set[Any] = set()
+    state = read_optimizer_layout(folder)
+    indices: list[Any] = []
     for group in state["param_groups"]:
         check_entries(folder / OPTIMIZER_VALUES, group, {"params": list})
-        indices.update(index for index in group["params"] if isinstance(index, int))
-    if not indices or not set(state["state"]) <= indices:
+        indices += group["params"]
+    counted = indices == list(range(len(indices)))
+    if not indices or not counted or not set(state["state"]) <= set(indices):
         raise ValueError(f"{folder / OPTIMIZER_VALUES} does not list the parameters that it has states of.")
     schedule = read_scheduler(folder)
     check_entries(folder / SCHEDULER_FILE, schedule, {"last_epoch": int, "_last_lr": list})

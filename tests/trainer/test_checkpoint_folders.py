@@ -54,6 +54,7 @@ FOREIGN = [
     ("optimizer.json", edited(state={})),
     ("optimizer.json", edited(group={"0": {}})),
     ("optimizer.json", edited(group={"0": {"params": [[0]]}})),
+    ("optimizer.json", edited(group={"0": {"params": [*range(1, 99), 0]}})),
     ("rng_state_0.json", edited(numpy=None)),
 ]
 

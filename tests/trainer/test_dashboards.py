@@ -4,14 +4,17 @@ import contextlib
 import io
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import av
 import pytest
 import torch
 from PIL import Image
+from transformers import TrainerCallback
 
 from pi_rl import FlowPPOConfig, FlowPPOTrainer, load_policy, make_env
+from pi_rl.run_report import RunLog
 from pi_rl.trainer import dashboards
 
 ITERATIONS, EPISODES, FILMS = 2, 4, 2
@@ -219,6 +222,95 @@ def test_a_film_that_fails_is_left_out_and_training_goes_on(filmed_trainer, caps
     plain.train()
     for name, value in plain.actor_critic.named_parameters():
         assert torch.equal(value, dict(trainer.actor_critic.named_parameters())[name]), name
+
+
+@pytest.fixture
+def offline_wandb(tmp_path, monkeypatch):
+    """wandb keeps its records in the test's folder; what an earlier test has set it up with does not count."""
+    import wandb
+
+    for name, value in (("WANDB_MODE", "offline"), ("WANDB_DIR", str(tmp_path)), ("WANDB_SILENT", "true")):
+        monkeypatch.setenv(name, value)
+    wandb.teardown()
+    yield
+    wandb.teardown()
+
+
+class EndsRecords(TrainerCallback):
+    """Ends the records of two dashboards after the first iteration: their clients refuse every entry from then on."""
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if state.global_step == 4:
+            import trackio
+            import wandb
+
+            trackio.finish()
+            wandb.finish()
+
+
+def test_dashboards_that_fail_within_a_run_are_left_out_once_each(toy_trainer, tmp_path, capsys, offline_wandb):
+    """wandb and Trackio fail; TensorBoard has the whole run, and the trained weights are as they would be."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    callbacks = [RunLog(tmp_path / "run", "toy:point-mass"), EndsRecords()]
+    trainer = toy_trainer(callbacks=callbacks, report_to=["wandb", "trackio", "tensorboard"], project="failing")
+    trainer.train()
+    trainer.evaluate()
+    trainer.close()
+    printed = [line.strip() for line in capsys.readouterr().out.splitlines() if "The dashboard" in line]
+    assert [line.split(" failed: ")[0] for line in printed] == ["The dashboard wandb", "The dashboard trackio"]
+    assert all(line.endswith("The run goes on without it.") for line in printed)
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [line["warning"] for line in lines if "warning" in line] == printed
+    (logdir,) = (tmp_path / "run" / "runs").iterdir()
+    events = EventAccumulator(str(logdir))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/policy/loss")] == [4, 8, 12, 16]
+    assert [event.step for event in events.Scalars("eval/success_rate")] == [16]
+    (file,) = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    history, _ = read_wandb(file)
+    assert [row["train/global_step"] for row in history] == [4]  # what it had until then is kept
+    plain = toy_trainer(tmp_path / "plain")
+    plain.train()
+    for name, value in plain.actor_critic.named_parameters():
+        assert torch.equal(value, dict(trainer.actor_critic.named_parameters())[name]), name
+
+
+def test_a_dashboard_that_cannot_start_is_an_error_before_anything_is_trained(
+    toy_trainer, tmp_path, monkeypatch, offline_wandb
+):
+    monkeypatch.setenv("WANDB_PROJECT", "a/name/of/another/kind")
+    trainer = toy_trainer(report_to=["wandb"])
+    with pytest.raises(Exception, match="a/name/of/another/kind"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    (tmp_path / "run" / "runs").write_text("a file where TensorBoard's folder should be")
+    trainer = toy_trainer(report_to=["tensorboard"])
+    with pytest.raises(OSError, match="runs"):
+        trainer.evaluate()
+    with pytest.raises(OSError, match="runs"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    assert not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_records_that_cannot_be_ended_do_not_keep_a_trainer_open(toy_trainer, fork, tmp_path):
+    def act():
+        import trackio
+
+        trainer = toy_trainer(report_to=["trackio", "tensorboard"], project="unended")
+        trainer.evaluate()
+        writers = [getattr(callback, "tb_writer", None) for callback in trainer.callback_handler.callbacks]
+        trackio.finish()
+        shutil.rmtree(tmp_path / "run" / "runs")
+        next(writer for writer in writers if writer is not None).add_scalar("late", 1.0)
+        trainer.close()
+        trainer.close()
+
+    run = fork(act)
+    assert run.wait() == 0, run.output
+    assert run.output.count("Trackio's record failed: Call trackio.init() before trackio.finish().") == 1
+    assert run.output.count("TensorBoard's record failed: [Errno 2] No such file or directory") == 1
 
 
 def test_films_need_pictures_and_episodes(mlp_folder, tmp_path):

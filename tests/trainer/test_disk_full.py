@@ -1,5 +1,6 @@
 """Disks that are full or refuse: what failed is said with numbers, earlier checkpoints stay, nothing half remains."""
 
+import contextlib
 import ctypes
 import json
 import os
@@ -9,9 +10,11 @@ import signal
 from pathlib import Path
 
 import pytest
+from transformers import TrainerCallback
 
 from pi_rl.hub.report_notes import notes_of
 from pi_rl.hub.run_record import read_run
+from pi_rl.run_report import RunLog
 from pi_rl.trainer.checkpoint_folders import check_checkpoint, checkpoints
 
 CLONE_NEWNS, CLONE_NEWUSER = 0x20000, 0x10000000
@@ -138,6 +141,52 @@ def test_films_that_do_not_fit_on_the_disk_are_left_out_and_training_goes_on(fil
     films = [note.text for note in notes_of(record) if "film" in note.text]
     assert all(text.endswith("Training goes on.") for text in films)
     assert len(films) >= 2
+
+
+class FillsDisk(TrainerCallback):
+    """Leaves no room on a disk once an iteration has been logged."""
+
+    def __init__(self, disk):
+        self.disk = disk
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            return
+        with (self.disk / f"filler-{state.global_step}").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+            while True:
+                file.write(bytes(4096))
+
+
+@pytest.mark.usefixtures("mounts_work")
+def test_a_full_disk_costs_tensorboards_record_and_training_goes_on(toy_trainer, fork, tmp_path, assert_same_end):
+    """The event file has a disk of its own, which is full after the first iteration; checkpoints fit on the other."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    disk, report = tmp_path / "run" / "runs", tmp_path / "report"
+    disk.mkdir(parents=True)
+
+    def train():
+        # each iteration logs more than is left of the event file's last block
+        callbacks = [RunLog(tmp_path / "run", "toy:point-mass"), FillsDisk(disk)]
+        trainer = toy_trainer(callbacks=callbacks, report_to=["tensorboard"], num_iterations=8)
+        trainer.train()
+        trainer.evaluate()
+        trainer.close()
+
+    run = fork(on_small_disk(disk, "200k", train, report))
+    assert run.wait() == 0, run.output
+    said = [line.strip() for line in run.output.splitlines() if "The dashboard tensorboard" in line]
+    assert len(said) == 1, run.output
+    assert "No space left on device" in said[0]
+    assert said[0].endswith("The run goes on without it.")
+    assert "iteration 8/8" in run.output
+    assert [note.text for note in notes_of(read_run(tmp_path / "run")) if "tensorboard" in note.text] == said
+    (folder,) = (path for path in report.iterdir() if path.is_dir())
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/policy/loss")][0] == 4
+    toy_trainer(tmp_path / "plain", num_iterations=8).train()
+    assert_same_end(tmp_path / "plain", tmp_path / "run", "checkpoint-32")
 
 
 def test_a_folder_that_cannot_be_made_is_refused(toy_trainer, tmp_path):
