@@ -82,6 +82,7 @@ class ForkedRun:
 @pytest.fixture
 def fork(tmp_path):
     """``fork(act)`` runs a function in a process of its own; what still runs at the end of the test is killed."""
+    import torch
     from accelerate import PartialState
     from accelerate.state import AcceleratorState
 
@@ -91,6 +92,7 @@ def fork(tmp_path):
         def fresh():
             AcceleratorState._reset_state(True)
             PartialState._reset_state()
+            torch.set_num_threads(1)  # renews the pool that a fork leaves unusable, before two threads may do so at once
             act()
 
         runs.append(ForkedRun(fresh, tmp_path, f"run{len(runs)}", environment))
