@@ -92,7 +92,7 @@ def fork(tmp_path):
         def fresh():
             AcceleratorState._reset_state(True)
             PartialState._reset_state()
-            torch.set_num_threads(1)  # renews the pool that a fork leaves unusable, before two threads may do so at once
+            torch.set_num_threads(1)  # renews the pool that a fork leaves unusable, before threads do so at once
             act()
 
         runs.append(ForkedRun(fresh, tmp_path, f"run{len(runs)}", environment))
