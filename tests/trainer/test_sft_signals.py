@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -115,10 +116,11 @@ def test_a_signal_in_the_last_step_keeps_it_and_resume_writes_the_policy(
 
 
 def test_a_signal_before_training_ends_the_run_at_once_and_leaves_nothing(fork, monkeypatch, words, tmp_path):
+    """Here while the fine-tuning process imports LeRobot, which takes seconds."""
     real = SftProcess.run
 
     def run(self, *args, **kwargs):
-        os.kill(os.getpid(), signal.SIGTERM)
+        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
         return real(self, *args, **kwargs)
 
     monkeypatch.setattr(SftProcess, "run", run)
