@@ -219,8 +219,8 @@ def _saved(run: _Run) -> Iterator[None]:
     """
     from pi_rl.trainer.checkpoint_folders import CheckpointError
     from pi_rl.trainer.disk import NotWritten
-    from pi_rl.trainer.preemption import SAVED_EXIT_CODE, Preempted, SavedInterrupt, ending_on_signals
     from pi_rl.trainer.processes import leave_process_group
+    from pi_rl.trainer.stop_signals import SAVED_EXIT_CODE, Preempted, SavedInterrupt, ending_on_signals
 
     try:
         with ending_on_signals(announce=run.is_main):

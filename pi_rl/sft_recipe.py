@@ -1,11 +1,12 @@
 """Supervised fine-tuning as a recipe: a base model, a few demonstrations, lerobot-train, a policy for RL.
 
 The result, ``output_dir``, is a LeRobot policy folder: what the reinforcement-learning recipes take as ``--model``.
-Until it is complete everything lies in ``.NAME.partial`` beside it; a run that was killed continues from its last
-checkpoint when the same command is given again.
+Until it is complete everything lies in ``.NAME.partial`` beside it. A run that a signal ends saves the step that it
+is in; it continues from there, and one that was killed from its last checkpoint, when the same command is given again.
 """
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Sequence
@@ -21,6 +22,7 @@ from pi_rl.trainer.sft import last_checkpoint, launched_rank, run_sft
 from pi_rl.trainer.sft_data import check_dataset, choose_episodes
 from pi_rl.trainer.sft_launch import first_prepares
 from pi_rl.trainer.sft_start import StartSettings, model_folder, start_config, write_start_policy
+from pi_rl.trainer.stop_signals import ending_on_signals
 
 MODEL, DATA, TRAINING, OUTPUT = "Policy", "Demonstrations", "Training", "Output"
 CONFIG_NAME, START_NAME = "sft_config.yaml", "start"
@@ -192,7 +194,7 @@ def run_sft_recipe(
 
     Raises:
         RecipeError: If options, model and dataset do not fit together, the output folder is taken, or training fails.
-        SystemExit: With code 75, when a signal ended the run; the last checkpoint is kept.
+        SystemExit: With code 75, when a signal ended the run; one that came in training has saved the step it was in.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -211,8 +213,6 @@ def run_sft_recipe(
         say(plan.describe(args, processes), enabled=main)
         if args.dry_run:
             return output
-        from pi_rl.trainer.preemption import ending_on_signals
-
         with ending_on_signals(announce=main):
             return _train(args, plan, output, main, launch_command(program or "recipes/sft.py", arguments))
     except (ValueError, RuntimeError, OSError) as error:
@@ -302,7 +302,7 @@ def _train(args: SftArguments, plan: _Plan, output: Path, main: bool, command: s
             shutil.rmtree(work, ignore_errors=True)
             say("\nStopped before the first checkpoint: the same command begins anew.")
         elif main:
-            say(f"\nStopped; the checkpoint after step {_step(work)} is kept. The same command continues from it.")
+            say(f"\nStopped; the checkpoint after step {_step(work)} is kept. {_continues(output)} from it.")
         raise
     if main:
         from pi_rl.hub.sft_card import write_sft_card
@@ -349,6 +349,13 @@ def _download(args: SftArguments, plan: _Plan) -> None:
     from lerobot.datasets import LeRobotDataset
 
     LeRobotDataset(args.dataset, episodes=plan.episodes, revision=args.dataset_revision, video_backend="pyav")
+
+
+def _continues(output: Path) -> str:
+    """What continues an unfinished run; under a launcher its options belong to the command too."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return "The same command continues"
+    return f"The same command, or pi-rl sft --resume {shlex.quote(str(output))}, continues"
 
 
 def _step(work: Path) -> int:

@@ -122,6 +122,30 @@ def mlp_folder(tmp_path_factory):
     )
 
 
+@pytest.fixture(scope="session")
+def two_task_dataset(tmp_path_factory):
+    """Three episodes of six frames of each of two tasks, in turn: local/two-tasks."""
+    import numpy as np
+    from lerobot.datasets import LeRobotDataset
+
+    root = tmp_path_factory.mktemp("sft") / "data"
+    features = {
+        "observation.image": {"dtype": "image", "shape": (32, 32, 3), "names": ["height", "width", "channel"]},
+        "observation.state": {"dtype": "float32", "shape": (4,), "names": list("xyzg")},
+        "action": {"dtype": "float32", "shape": (4,), "names": list("xyzg")},
+    }
+    dataset = LeRobotDataset.create("local/two-tasks", fps=80, features=features, root=root, use_videos=False)
+    rng = np.random.default_rng(0)
+    for episode in range(6):
+        for _ in range(6):
+            frame = {key: rng.normal(size=4).astype(np.float32) for key in ("observation.state", "action")}
+            frame["observation.image"] = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            dataset.add_frame({**frame, "task": ("Press a handle down", "Push the button")[episode % 2]})
+        dataset.save_episode()
+    dataset.finalize()
+    return root
+
+
 @pytest.fixture
 def metaworld_env():
     """Makes small, quickly rendered MetaWorld environments and closes them."""

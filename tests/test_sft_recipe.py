@@ -1,20 +1,22 @@
 """The SFT recipe on a small dataset; training itself runs in this process, where LeRobot is imported already."""
 
+import io
 import json
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from pi_rl.pipeline import RecipeError
 from pi_rl.sft_recipe import run_sft_recipe
+from pi_rl.trainer.stop_signals import StopSignals
 
 ROOT = Path(__file__).parents[1]
 REPO_ID = "local/two-tasks"
@@ -25,26 +27,8 @@ QUICK = ["--device", "cpu", "--num_workers", "0", "--batch_size", "4", "--save_e
 
 
 @pytest.fixture(scope="module")
-def dataset_root(tmp_path_factory):
-    """Three episodes of six frames of each of two tasks, in turn."""
-    from lerobot.datasets import LeRobotDataset
-
-    root = tmp_path_factory.mktemp("sft") / "data"
-    features = {
-        "observation.image": {"dtype": "image", "shape": (32, 32, 3), "names": ["height", "width", "channel"]},
-        "observation.state": {"dtype": "float32", "shape": (4,), "names": list("xyzg")},
-        "action": {"dtype": "float32", "shape": (4,), "names": list("xyzg")},
-    }
-    dataset = LeRobotDataset.create(REPO_ID, fps=80, features=features, root=root, use_videos=False)
-    rng = np.random.default_rng(0)
-    for episode in range(6):
-        for _ in range(6):
-            frame = {key: rng.normal(size=4).astype(np.float32) for key in ("observation.state", "action")}
-            frame["observation.image"] = rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-            dataset.add_frame({**frame, "task": TASKS[episode % 2]})
-        dataset.save_episode()
-    dataset.finalize()
-    return root
+def dataset_root(two_task_dataset):
+    return two_task_dataset
 
 
 @pytest.fixture(autouse=True)
@@ -66,14 +50,16 @@ def training_in_this_process(monkeypatch):
 
         def write(self, line):
             message = json.loads(line)
-            self.report(message["step"], self.steps, f"loss {message['loss']:.3f}")
+            if "loss" in message:
+                self.report(message["step"], self.steps, f"loss {message['loss']:.3f}")
 
         def flush(self):
             pass
 
         def run(self, job, progress=None):
             self.steps, self.report = job.steps, progress
-            return sft_worker.run(job, self)
+            with StopSignals(announce=None) as signals:
+                return sft_worker.run(job, self, signals)
 
     monkeypatch.setattr("pi_rl.trainer.sft.SftProcess", Worker)
     monkeypatch.setattr(sys, "argv", ["pytest"])
@@ -200,6 +186,35 @@ def test_a_run_that_was_killed_continues_bitwise(sft, monkeypatch, tmp_path, cap
         sft("pi0", *words, output="killed")
 
 
+@pytest.mark.parametrize(("told", "every"), [(3, 0), (5, 4), (9, 0), (9, 4), (11, 4)], ids=lambda value: str(value))
+def test_a_run_that_is_told_to_end_saves_its_step_and_continues_bitwise(
+    sft, monkeypatch, tmp_path, capsys, told, every
+):
+    """Also where an epoch ends (step 9 of 4 samples of 36)."""
+    from pi_rl.trainer import sft_worker
+
+    words = ("--steps", "12", "--save_every_steps", str(every))
+    whole = sft("pi0", *words, output="whole")
+    monkeypatch.setattr(sft_worker, "_PROGRESS_INTERVAL_S", 0.0)
+
+    def tell(step, steps, text):
+        if step == told:
+            signal.raise_signal(signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pi_rl.sft_recipe.Progress", lambda *_, **__: tell)
+        with pytest.raises(sft_worker.Stopped, match=f"Ended by SIGTERM after step {told}"):
+            sft("pi0", *words, output="told")
+    resume = f"The same command, or pi-rl sft --resume {tmp_path}/told, continues from it"
+    assert f"the checkpoint after step {told} is kept. {resume}" in capsys.readouterr().out
+    checkpoints = tmp_path / ".told.partial" / "run" / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == [f"{told:06d}", "last"]
+    continued = sft("pi0", *words, output="told")
+    assert f"Continuing from the checkpoint after step {told}" in capsys.readouterr().out
+    first, second = weights(whole), weights(continued)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_a_dry_run_checks_and_writes_nothing(sft, tmp_path, capsys):
     sft("pi0", "--dry_run", "--expert_only")
     assert "pi0_small from " in (printed := capsys.readouterr().out)
@@ -237,14 +252,13 @@ def test_processes_share_the_batch(sft, monkeypatch):
         sft("pi0")
 
 
-def test_other_processes_draw_their_own_noise_from_the_first_step_and_every_checkpoint_on(
-    small_policy_folders, dataset_root, monkeypatch
-):
+def test_other_processes_draw_their_own_noise_in_every_step(monkeypatch):
+    """Whatever was saved before: a run that is resumed after a step draws what one that was not does."""
     from pi_rl.trainer import sft_worker
     from pi_rl.trainer.sft import SftJob
 
     job = SftJob(**{**dict.fromkeys(SftJob.__dataclass_fields__), "seed": 3, "device": "cpu", "save_every_steps": 2})
-    accelerator = sft_worker.SftAccelerator(job, None)
+    accelerator = sft_worker.SftAccelerator(job, io.StringIO(), None, StopSignals(announce=None))
 
     def noise(rank, step):
         torch.manual_seed(job.seed)  # as lerobot-train does on every process
@@ -255,12 +269,11 @@ def test_other_processes_draw_their_own_noise_from_the_first_step_and_every_chec
 
     torch.manual_seed(job.seed)
     alone = torch.randn(4).tolist()
-    assert noise(0, 0) == noise(0, 2) == alone
-    drawn = [noise(rank, step) for rank in (1, 2) for step in (0, 2)]
-    assert len({tuple(values) for values in (alone, *drawn)}) == 5
-    assert noise(1, 1) == alone  # between checkpoints the generators are left alone
-    accelerator._first = 2  # a resumed run
-    assert noise(1, 2) == drawn[1]
+    assert noise(0, 0) == noise(0, 1) == alone
+    drawn = [noise(rank, step) for rank in (1, 2) for step in (0, 1, 2)]
+    assert len({tuple(values) for values in (alone, *drawn)}) == 7
+    accelerator._first = 1  # a resumed run
+    assert noise(1, 1) == drawn[1]
 
 
 def test_a_failure_before_the_first_checkpoint_leaves_nothing(sft, small_policy_folders, tmp_path, monkeypatch):

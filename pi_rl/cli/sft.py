@@ -11,7 +11,8 @@ from pi_rl.sft_recipe import CONFIG_NAME, sft_main, work_folder
 
 _DESCRIPTION = """\
 Supervised fine-tuning of π0 or π0.5 on demonstrations with lerobot-train: what reinforcement learning starts from.
-The same command, or --resume, goes on with a run that was killed. Several processes share the batch:
+A signal (SIGTERM, SIGUSR1, Ctrl-C) saves the step that the run is in. The same command, or --resume, goes on with a
+run that was stopped or killed. Several processes share the batch:
   accelerate launch --num_processes 8 -m pi_rl sft --config pi05_libero_40"""
 PROGRAM = Program(
     "pi-rl sft",

@@ -11,15 +11,10 @@ iteration; where the iteration's checkpoint is on disk already, it stays as it i
 """
 
 import logging
-import os
 import signal
-import threading
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -30,78 +25,9 @@ from pi_rl.trainer.metrics import all_reduce
 from pi_rl.trainer.not_finite import FiniteTrainer
 from pi_rl.trainer.plain_state import read_json
 from pi_rl.trainer.processes import leave_process_group, naming_lost_processes
+from pi_rl.trainer.stop_signals import Preempted, SavedInterrupt, StopSignals, under_launcher
 
 logger = logging.getLogger(__name__)
-SAVED_EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h, "try again": the state is saved and the same command goes on. 143 and 130 are what a
-shell reports of a process that a signal killed, and would say nothing about that."""
-SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name))
-SAME_REQUEST_S = 3.0
-"""Within it signals are one request: Ctrl-C in a terminal reaches every process, and a launcher passes it on."""
-
-
-class Preempted(SystemExit):
-    """The run was told to end by a signal other than Ctrl-C and keeps its state; ends the program with code 75.
-
-    Attributes:
-        checkpoint: What to resume; None where no iteration was complete.
-    """
-
-    def __init__(self, message: str, checkpoint: Path | None) -> None:
-        super().__init__(SAVED_EXIT_CODE)
-        self.message, self.checkpoint = message, checkpoint
-
-    def __str__(self) -> str:
-        return self.message
-
-
-class SavedInterrupt(KeyboardInterrupt):
-    """Ctrl-C, after the state was saved.
-
-    Attributes:
-        checkpoint: What to resume; None where no iteration was complete.
-    """
-
-    def __init__(self, message: str, checkpoint: Path | None) -> None:
-        super().__init__(message)
-        self.checkpoint = checkpoint
-
-
-@contextmanager
-def ending_on_signals(*, announce: bool) -> Iterator[None]:
-    """Outside of training, ends what runs in the block at a signal, as Ctrl-C does anyway; nothing to save is held.
-
-    While :meth:`InterruptibleTrainer.train` runs in it, that takes the signals. An ignored signal stays ignored. Only
-    the main thread can take signals.
-
-    Args:
-        announce: Whether this process says that it was told to end.
-
-    Raises:
-        Preempted: A SystemExit with code 75, at SIGTERM or SIGUSR1.
-    """
-
-    def end(signum: int, frame: FrameType | None) -> NoReturn:
-        name = signal.Signals(signum).name
-        if announce:  # not print: the signal may have interrupted one
-            os.write(2, f"\n{name}: the run ends; what is complete is kept.\n".encode())
-        raise Preempted(f"Ended by {name}.", None)
-
-    before: dict[int, Any] = {}
-    main = threading.current_thread() is threading.main_thread()
-    for signum in SIGNALS if main else ():
-        if signum != signal.SIGINT and signal.getsignal(signum) is not signal.SIG_IGN:
-            before[signum] = signal.signal(signum, end)
-    try:
-        yield
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)
-
-
-def under_launcher() -> bool:
-    """Whether torchrun or ``accelerate launch`` started this process and kills it 30 s after passing a signal on."""
-    return "TORCHELASTIC_RUN_ID" in os.environ
 
 
 class _Stop(Exception):
@@ -114,57 +40,6 @@ class _Stop(Exception):
 
 class _CutShort(Exception):
     """This process was told to end during a rollout or evaluation."""
-
-
-class StopSignals:
-    """Notes signals instead of dying of them, while the block runs; only in the main thread, which alone can.
-
-    A signal that was ignored before (``nohup``) stays ignored.
-
-    Attributes:
-        received: The first signal's number; 0 before there was one.
-        active: Whether the block runs and signals are noted.
-
-    Args:
-        announce: Whether this process says that it was told to end.
-    """
-
-    def __init__(self, *, announce: bool) -> None:
-        self.received = 0
-        self.active = False
-        self.saving = False
-        self._announce = announce
-        self._since = 0.0
-        self._before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        self.received = 0
-        self.active = threading.current_thread() is threading.main_thread()
-        for signum in SIGNALS if self.active else ():
-            if signal.getsignal(signum) is not signal.SIG_IGN:
-                self._before[signum] = signal.signal(signum, self._note)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._restore()
-        self.active = False
-
-    def _restore(self) -> None:
-        for signum, handler in self._before.items():
-            signal.signal(signum, handler)
-        self._before.clear()
-
-    def _note(self, signum: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if not self.received:
-            self.received, self._since = signum, now
-            if self._announce:  # not print: the signal may have interrupted one
-                when = "as soon as it can" if under_launcher() else "after this iteration"
-                text = f"\n{signal.Signals(signum).name}: the run ends {when} and is saved. "
-                os.write(2, f"{text}Once more ends it at once, without saving.\n".encode())
-        elif now - self._since > SAME_REQUEST_S and not self.saving:
-            self._restore()
-            signal.raise_signal(signum)
 
 
 class InterruptibleTrainer(FiniteTrainer):
@@ -191,7 +66,8 @@ class InterruptibleTrainer(FiniteTrainer):
         self._asked_first_evaluation = self.args.eval_on_start
         self._last_end = self._saved_step = None
         self._evaluation_due = False
-        announce = self.args.process_index == 0
+        when = "as soon as it can" if under_launcher() else "after this iteration"
+        announce = when if self.args.process_index == 0 else None
         with StopSignals(announce=announce) as signals, naming_lost_processes(self.args.ddp_timeout):
             self._signals = signals
             try:

@@ -2,7 +2,8 @@
 
 The training loop is LeRobot's (``lerobot.scripts.lerobot_train.train``); this module only prepares its configuration,
 shows its progress and puts the result in place. A separate process keeps three things apart: accelerate's state, the
-global seed and logging that lerobot-train sets, and its memory.
+global seed and logging that lerobot-train sets, and its memory. It does not die of the signals that end a run: this
+process passes them on, and where the checkpoints are kept, it saves the step that it is in.
 
 Under a launcher with several processes there are two ways. By default the fine-tuning process stands outside of the
 launcher's group: one process calls :func:`run_sft`, the others wait (the quick start's few-shot stage). With
@@ -13,16 +14,18 @@ described: lerobot-train's data-parallel training.
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pi_rl.progress import ProgressFn
+from pi_rl.trainer.stop_signals import Preempted, SavedInterrupt, StopSignals, holding_back_signals
 
 # What a launcher sets for its own process group; a fine-tuning process outside of it must not see them.
 _LAUNCHER_VARIABLES = (
@@ -104,14 +107,17 @@ class SftProcess:
     Args:
         threads: CPU threads of its torch operations.
         join_launcher: Whether it takes this process's place in the launcher's group.
+        save_at_signals: Whether a signal that comes in training ends it after a checkpoint of its step. By default the
+            signal is left to whoever handles it.
     """
 
-    def __init__(self, *, threads: int = 1, join_launcher: bool = False) -> None:
+    def __init__(self, *, threads: int = 1, join_launcher: bool = False, save_at_signals: bool = False) -> None:
+        self._save_at_signals = save_at_signals
         self._scratch = Path(tempfile.mkdtemp(prefix="pi_rl_sft_"))
         self._log = self._scratch / "log.txt"
         receive, send = os.pipe()
         self._messages = os.fdopen(receive, encoding="utf-8")
-        with self._log.open("wb") as log:
+        with self._log.open("wb") as log, holding_back_signals():
             self._process = subprocess.Popen(
                 [sys.executable, "-m", "pi_rl.trainer.sft_worker", str(send)],
                 stdin=subprocess.PIPE,
@@ -135,26 +141,40 @@ class SftProcess:
 
         Raises:
             RuntimeError: If the process fails; the end of its log is in the message.
+            SavedInterrupt: A KeyboardInterrupt, after Ctrl-C, with ``save_at_signals``.
+            Preempted: A SystemExit with code 75, after another signal.
         """
         stdin = self._process.stdin
         if stdin is None or stdin.closed:
             raise RuntimeError("This fine-tuning process was used before; start another one.")
-        result = None
         try:
             stdin.write(json.dumps(asdict(job)) + "\n")
             stdin.close()
         except BrokenPipeError as error:
             raise RuntimeError(self._failure()) from error
-        for line in self._messages:
-            message: dict[str, Any] = json.loads(line)
-            if "checkpoint" in message:
-                result = Path(message["checkpoint"])
-            elif progress is not None:
-                text = f"loss {message['loss']:.3f}  {message['steps_per_s']:.1f} steps/s"
-                progress(message["step"], job.steps, text)
-        if self._process.wait() != 0 or result is None:
+        announce = "after this step" if launched_rank() == 0 else None
+        signals = StopSignals(announce=announce, pass_on=self._process.send_signal)
+        with ExitStack() as noting:
+            result: dict[str, Any] = {}
+            for line in self._messages:
+                message: dict[str, Any] = json.loads(line)
+                if "loss" in message:
+                    _report(message, job.steps, progress)
+                elif "begins" in message:  # until then there is nothing to save
+                    if self._save_at_signals:
+                        noting.enter_context(signals)
+                elif "saving" in message:
+                    signals.saving = True
+                else:
+                    result = message
+            failed = self._process.wait() != 0
+        if "ended_after" in result:
+            _end_run(result["ended_after"], result["signum"], job)
+        if failed or not result:
             raise RuntimeError(self._failure())
-        return result
+        if signals.received:  # too late for the fine-tuning process: this one ends before it writes the policy
+            signal.raise_signal(signals.received)
+        return Path(result["checkpoint"])
 
     def close(self) -> None:
         """Ends the process if it still runs and removes its temporary files."""
@@ -235,7 +255,8 @@ def run_sft(
         in_memory: Decode every image once and keep it in memory: for whole datasets that are small.
         num_workers: Data-loading processes, only without ``in_memory``.
         work_dir: Folder for the checkpoints of ``save_every_steps``; if it holds one, the run continues from it. It is
-            left in place. Default: a temporary folder beside ``output_dir``.
+            left in place. A signal (SIGTERM, SIGUSR1, Ctrl-C) then ends the run with a checkpoint after the step that
+            it is in. Default: a temporary folder beside ``output_dir``.
         save_every_steps: Steps between checkpoints; 0 writes one at the end only.
         join_launcher: Every process of the launcher calls this, and together they fine-tune; the first writes the
             result.
@@ -248,11 +269,17 @@ def run_sft(
     Raises:
         ValueError: If a folder or a number does not fit.
         RuntimeError: If lerobot-train fails.
+        SavedInterrupt: A KeyboardInterrupt, after Ctrl-C, if ``work_dir`` is given.
+        Preempted: A SystemExit with code 75, after another signal.
     """
     output, source = Path(output_dir), Path(policy_path)
     root = None if dataset_root is None else Path(dataset_root).resolve()
     _check(source, root, output, steps=steps, batch_size=batch_size, learning_rate=learning_rate)
-    with _work_folder(output, work_dir) as work, SftProcess(threads=threads, join_launcher=join_launcher) as worker:
+    keeps = work_dir is not None
+    with (
+        _work_folder(output, work_dir) as work,
+        SftProcess(threads=threads, join_launcher=join_launcher, save_at_signals=keeps) as worker,
+    ):
         run, last = work / _RUN, last_checkpoint(work)
         if last is None:
             shutil.rmtree(run, ignore_errors=True)  # a run that was killed before its first checkpoint
@@ -283,6 +310,20 @@ def run_sft(
         if not join_launcher or launched_rank() == 0:
             _write_policy(checkpoint, output, source, output_dtype)
     return output
+
+
+def _report(message: dict[str, Any], steps: int, progress: ProgressFn | None) -> None:
+    if progress is not None:
+        progress(message["step"], steps, f"loss {message['loss']:.3f}  {message['steps_per_s']:.1f} steps/s")
+
+
+def _end_run(step: int, signum: int, job: SftJob) -> NoReturn:
+    """Raises what a run ends with that a signal ended after a checkpoint of its last step."""
+    text = f"Ended by {signal.Signals(signum).name} after step {step}."
+    checkpoint = last_checkpoint(Path(job.output_dir).parent)
+    if signum == signal.SIGINT:
+        raise SavedInterrupt(text, checkpoint)
+    raise Preempted(text, checkpoint)
 
 
 def last_checkpoint(work_dir: str | Path) -> Path | None:

@@ -1,12 +1,14 @@
 """The process behind :class:`pi_rl.trainer.sft.SftProcess`: imports LeRobot, reads one job, runs lerobot-train.
 
 Two documented arguments of ``lerobot.scripts.lerobot_train.train`` are used: the configuration, and the accelerator,
-whose subclass below serves frames from memory and reports progress. LeRobot itself is not modified.
+whose subclass below serves frames from memory, reports progress, and ends the run when it is told to, after a
+checkpoint of the step that it was in. LeRobot itself is not modified.
 """
 
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -18,7 +20,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs
-from lerobot.common.train_utils import load_training_step
+from lerobot.common.train_utils import load_training_step, update_last_checkpoint
 from lerobot.configs import PreTrainedConfig
 from lerobot.configs.default import DatasetConfig
 from lerobot.configs.train import TrainPipelineConfig
@@ -33,7 +35,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from pi_rl.policies import small  # noqa: F401  registers the small policy types with LeRobot
+from pi_rl.trainer.metrics import all_reduce
 from pi_rl.trainer.sft import SftJob
+from pi_rl.trainer.stop_signals import StopSignals, ignore_signals, let_signals_in
 
 _PROGRESS_INTERVAL_S = 0.25
 _ROOT, _HEAD, _EMBEDDING = "model.", "lm_head.weight", "language_model.embed_tokens.weight"
@@ -79,15 +83,32 @@ class InMemoryDataset(Dataset[dict[str, Any]]):
         return batch
 
 
+class Stopped(Exception):
+    """All processes have agreed to end the run because of a signal, and its checkpoint is written.
+
+    Attributes:
+        step: Optimiser steps done.
+        signum: The signal.
+    """
+
+    def __init__(self, step: int, signum: int) -> None:
+        super().__init__(f"Ended by {signal.Signals(signum).name} after step {step}.")
+        self.step, self.signum = step, signum
+
+
 class SftAccelerator(Accelerator):
     """Accelerator that reports each step, checks what lerobot-train prepared and keeps one checkpoint.
+
+    It also ends the run at a signal: lerobot-train saves after the steps that its configuration says.
 
     Args:
         job: The run.
         channel: Where progress goes, one JSON object per line.
+        config: The configuration that lerobot-train runs with.
+        signals: Notes the signals to end.
     """
 
-    def __init__(self, job: SftJob, channel: TextIO) -> None:
+    def __init__(self, job: SftJob, channel: TextIO, config: TrainPipelineConfig, signals: StopSignals) -> None:
         super().__init__(
             step_scheduler_with_optimizer=False,
             mixed_precision="bf16" if job.bf16 else "no",
@@ -97,6 +118,10 @@ class SftAccelerator(Accelerator):
         )
         self._job = job
         self._channel = channel
+        self._config = config
+        self._signals = signals
+        self._told = 0
+        self._redrawn_every: int | None = None
         self._step = self._first = 0 if job.resume_from is None else load_training_step(_training_state(job))
         self._begin = self._last_report = time.perf_counter()
 
@@ -105,27 +130,36 @@ class SftAccelerator(Accelerator):
         for item in objects:
             if isinstance(item, PreTrainedPolicy):
                 check_start_weights(item, _weights_folder(self._job))
+            elif isinstance(item, DataLoader):
+                item.worker_init_fn = ignore_signals
         if self._job.in_memory:
             objects = tuple(self._from_memory(item) if isinstance(item, DataLoader) else item for item in objects)
         prepared = super().prepare(*objects, **options)
+        for item in prepared:
+            if isinstance(item, DataLoader):
+                # from it accelerate sets the sampler's epoch, over the one that lerobot-train has set to resume from
+                item.iteration = self._first // len(item)
+                # workers that stay need no new iterator, which would draw their seed
+                self._redrawn_every = None if item.persistent_workers else len(item)
         self._begin = time.perf_counter()
         return prepared
 
     def autocast(self, *args: Any, **options: Any) -> Any:
-        """Precision of a forward pass; before a resumed run's first, the generators are those of its checkpoint.
+        """Precision of a forward pass, with which a step begins.
 
-        lerobot-train restores them too, but making the data loader's iterator then draws from them once more. The
-        checkpoint's are the first process's; the others begin anew there, as they did when it was written.
+        Raises:
+            Stopped: If the processes agreed to end in the step before, which lerobot-train has saved meanwhile.
         """
-        first, every = self._step == self._first, self._job.save_every_steps
-        if first and self._job.resume_from is not None:
-            load_rng_state(_training_state(self._job))
-        if first or (every > 0 and self._step % every == 0):
-            separate_generators(self._job.seed, self.process_index, self._step)
+        if self._told:
+            raise Stopped(self._step, self._told)
+        if self._step == self._first:
+            self._restore_generators()
+            send(self._channel, begins=self._step)
+        separate_generators(self._job.seed, self.process_index, self._step)
         return super().autocast(*args, **options)
 
     def backward(self, loss: Tensor, **options: Any) -> None:
-        """Back-propagates and reports the step."""
+        """Back-propagates and reports the step; the optimiser's part, and a checkpoint if one is due, follow."""
         super().backward(loss, **options)
         every = self._job.save_every_steps
         saved = every > 0 and self._step > self._first and self._step % every == 0
@@ -137,6 +171,28 @@ class SftAccelerator(Accelerator):
             self._last_report = now
             rate = (self._step - self._first) / max(now - self._begin, 1e-9)
             send(self._channel, step=self._step, loss=loss.item(), steps_per_s=rate)
+        self._save_if_told()
+
+    def _save_if_told(self) -> None:
+        """Has this step saved if any process was told to end; the last step is saved anyway. A collective call."""
+        told = int(all_reduce(self, torch.tensor(self._signals.received), "max"))
+        if told and self._step < self._job.steps:
+            self._told = told
+            self._config.save_freq = self._step  # lerobot-train saves after the steps that are multiples of it
+            self._signals.saving = True
+            send(self._channel, saving=self._step)
+
+    def _restore_generators(self) -> None:
+        """Sets a resumed run's generators to what an uninterrupted run's were: those of the checkpoint.
+
+        lerobot-train restores them too, but making the data loader's iterator then draws from them once more. So does
+        an uninterrupted run's new iterator where an epoch begins.
+        """
+        if self._job.resume_from is None:
+            return
+        load_rng_state(_training_state(self._job))
+        if self._redrawn_every is not None and self._step % self._redrawn_every == 0:
+            torch.empty((), dtype=torch.int64).random_()  # as the iterator draws its seed
 
     def _from_memory(self, loader: DataLoader[Any]) -> DataLoader[Any]:
         if not isinstance(loader.dataset, LeRobotDataset):
@@ -181,6 +237,8 @@ def separate_generators(seed: int, rank: int, step: int) -> None:
     """Gives every process but the first random numbers of its own.
 
     lerobot-train seeds all processes alike: they would draw the same flow times and noise for their different samples.
+    Its checkpoints hold the first process's generators only; those of the others follow from the step, so that a
+    resumed run has them too.
 
     Args:
         seed: The run's seed.
@@ -197,6 +255,18 @@ def keep_last_checkpoint(checkpoints: Path) -> None:
     for folder in checkpoints.glob("[0-9]*"):
         if folder.resolve() != last:
             shutil.rmtree(folder)
+
+
+def remove_unfinished_checkpoints(job: SftJob) -> None:
+    """Leaves the checkpoint that a run continues from alone, linked as ``last``.
+
+    A later one that was half written when the run was killed would be taken for complete if the run, which may save
+    at other steps now, were killed again while the link is moved.
+    """
+    checkpoint = Path(str(job.resume_from))
+    if not (checkpoint.parent / "last").exists():
+        update_last_checkpoint(checkpoint)
+    keep_last_checkpoint(checkpoint.parent)
 
 
 def train_config(job: SftJob) -> TrainPipelineConfig:
@@ -249,15 +319,34 @@ def send(channel: TextIO, **message: Any) -> None:
     channel.flush()
 
 
-def run(job: SftJob, channel: TextIO) -> Path:
-    """Trains and returns lerobot-train's checkpoint folder."""
-    accelerator = SftAccelerator(job, channel)  # under a launcher: waits here for the other processes
+def run(job: SftJob, channel: TextIO, signals: StopSignals) -> Path:
+    """Trains and returns lerobot-train's checkpoint folder.
+
+    Args:
+        job: The run.
+        channel: Where progress goes, one JSON object per line.
+        signals: Notes the signals to end.
+
+    Raises:
+        Stopped: If a signal ended the run; the checkpoint of its last step is ``last``.
+    """
+    config = train_config(job)
+    accelerator = SftAccelerator(job, channel, config, signals)  # under a launcher: waits for the other processes
+    if job.resume_from is not None and accelerator.is_main_process:
+        remove_unfinished_checkpoints(job)
     # lerobot-train takes the checkpoint to resume from only from the command line, where it looks for options
     sys.argv = ["lerobot-train"]
     if job.resume_from is not None:
         sys.argv.append(f"--config_path={_weights_folder(job) / 'train_config.json'}")
-    train(train_config(job), accelerator)
-    return (Path(job.output_dir) / "checkpoints" / "last").resolve() / "pretrained_model"
+    checkpoints = Path(job.output_dir) / "checkpoints"
+    try:
+        train(config, accelerator)
+    except Stopped:
+        if accelerator.is_main_process:
+            keep_last_checkpoint(checkpoints)
+        accelerator.end_training()
+        raise
+    return (checkpoints / "last").resolve() / "pretrained_model"
 
 
 def end_with_parent() -> None:
@@ -278,8 +367,15 @@ def main() -> None:
     end_with_parent()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     line = sys.stdin.readline()
-    if line.strip():
-        send(channel, checkpoint=str(run(SftJob(**json.loads(line)), channel)))
+    if not line.strip():
+        return
+    job = SftJob(**json.loads(line))
+    with StopSignals(announce=None) as signals:
+        let_signals_in()
+        try:
+            send(channel, checkpoint=str(run(job, channel, signals)))
+        except Stopped as stop:
+            send(channel, ended_after=stop.step, signum=stop.signum)
 
 
 def _weights_folder(job: SftJob) -> Path:

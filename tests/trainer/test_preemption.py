@@ -8,7 +8,7 @@ import time
 import pytest
 from transformers import TrainerCallback
 
-from pi_rl.trainer import preemption
+from pi_rl.trainer import preemption, stop_signals
 from pi_rl.trainer.checkpoint_folders import checkpoints
 
 OPTIONS = {"save_every_iterations": None, "eval_every_iterations": 2}
@@ -98,7 +98,7 @@ def test_before_the_first_iteration_there_is_nothing_to_save(toy_trainer, fork, 
 
 
 def test_a_second_signal_ends_the_run_at_once(toy_trainer, fork, tmp_path, monkeypatch):
-    monkeypatch.setattr(preemption, "SAME_REQUEST_S", 0.2)
+    monkeypatch.setattr(stop_signals, "SAME_REQUEST_S", 0.2)
     marker = tmp_path / "update"
 
     class Slow(TrainerCallback):
@@ -129,16 +129,16 @@ def test_ctrl_c_in_a_notebook_is_a_keyboard_interrupt_and_the_trainer_can_go_on(
                 self.pressed = True
                 signal.raise_signal(signal.SIGINT)
 
-    before = [signal.getsignal(signum) for signum in preemption.SIGNALS]
+    before = [signal.getsignal(signum) for signum in stop_signals.SIGNALS]
     trainer = toy_trainer(callbacks=[Press()], **OPTIONS)
     with pytest.raises(KeyboardInterrupt, match="checkpoint-8 is complete") as caught:
         trainer.train()
     assert caught.value.checkpoint == tmp_path / "run" / "checkpoint-8"
-    assert [signal.getsignal(signum) for signum in preemption.SIGNALS] == before
+    assert [signal.getsignal(signum) for signum in stop_signals.SIGNALS] == before
     assert trainer.evaluate()["eval_n_episodes"] == 4
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 16
-    assert [signal.getsignal(signum) for signum in preemption.SIGNALS] == before
+    assert [signal.getsignal(signum) for signum in stop_signals.SIGNALS] == before
 
 
 def test_an_ignored_signal_stays_ignored(toy_trainer):

@@ -256,6 +256,26 @@ def test_the_newest_complete_checkpoint_is_found(tmp_path):
     assert sorted(path.name for path in folder.iterdir()) == ["000004", "last"]
 
 
+@pytest.mark.parametrize("link", ["000003", None])
+def test_a_resumed_run_begins_with_its_checkpoint_alone(tmp_path, link):
+    """One that was half written when the run was killed is never taken for the newest, wherever it is killed again."""
+    from types import SimpleNamespace
+
+    from pi_rl.trainer.sft import last_checkpoint
+    from pi_rl.trainer.sft_worker import remove_unfinished_checkpoints
+
+    folder = tmp_path / "run" / "checkpoints"
+    for name in ("000003", "000007") if link else ("000001", "000003"):
+        (folder / name).mkdir(parents=True)
+    if link:
+        (folder / "last").symlink_to(link)
+    remove_unfinished_checkpoints(SimpleNamespace(resume_from=str(last_checkpoint(tmp_path))))
+    assert sorted(path.name for path in folder.iterdir()) == ["000003", "last"]
+    (folder / "000005").mkdir()  # this one is complete, and the run is killed while the link is moved
+    (folder / "last").unlink()
+    assert last_checkpoint(tmp_path) == folder / "000005"
+
+
 def test_worker_stands_outside_of_any_launcher(monkeypatch, tmp_path):
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "ACCELERATE_USE_CPU", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "1")
