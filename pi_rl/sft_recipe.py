@@ -22,7 +22,7 @@ from pi_rl.trainer.sft import last_checkpoint, launched_rank, run_sft
 from pi_rl.trainer.sft_data import check_dataset, choose_episodes
 from pi_rl.trainer.sft_launch import first_prepares
 from pi_rl.trainer.sft_start import StartSettings, model_folder, start_config, write_start_policy
-from pi_rl.trainer.stop_signals import ending_on_signals
+from pi_rl.trainer.stop_signals import SAVED_EXIT_CODE, SavedInterrupt, ending_on_signals
 
 MODEL, DATA, TRAINING, OUTPUT = "Policy", "Demonstrations", "Training", "Output"
 CONFIG_NAME, START_NAME = "sft_config.yaml", "start"
@@ -215,6 +215,8 @@ def run_sft_recipe(
             return output
         with ending_on_signals(announce=main):
             return _train(args, plan, output, main, launch_command(program or "recipes/sft.py", arguments))
+    except SavedInterrupt:
+        raise SystemExit(SAVED_EXIT_CODE) from None
     except (ValueError, RuntimeError, OSError) as error:
         raise RecipeError(str(error)) from error
 
