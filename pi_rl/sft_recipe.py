@@ -22,7 +22,7 @@ from pi_rl.trainer.sft import last_checkpoint, launched_rank, run_sft
 from pi_rl.trainer.sft_data import check_dataset, choose_episodes
 from pi_rl.trainer.sft_launch import first_prepares
 from pi_rl.trainer.sft_start import StartSettings, model_folder, start_config, write_start_policy
-from pi_rl.trainer.stop_signals import SAVED_EXIT_CODE, SavedInterrupt, ending_on_signals
+from pi_rl.trainer.stop_signals import SAVED_EXIT_CODE, ending_on_signals
 
 MODEL, DATA, TRAINING, OUTPUT = "Policy", "Demonstrations", "Training", "Output"
 CONFIG_NAME, START_NAME = "sft_config.yaml", "start"
@@ -195,6 +195,7 @@ def run_sft_recipe(
     Raises:
         RecipeError: If options, model and dataset do not fit together, the output folder is taken, or training fails.
         SystemExit: With code 75, when a signal ended the run; one that came in training has saved the step it was in.
+        KeyboardInterrupt: After Ctrl-C before there was anything to go on with.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
@@ -213,10 +214,13 @@ def run_sft_recipe(
         say(plan.describe(args, processes), enabled=main)
         if args.dry_run:
             return output
-        with ending_on_signals(announce=main):
-            return _train(args, plan, output, main, launch_command(program or "recipes/sft.py", arguments))
-    except SavedInterrupt:
-        raise SystemExit(SAVED_EXIT_CODE) from None
+        try:
+            with ending_on_signals(announce=main):
+                return _train(args, plan, output, main, launch_command(program or "recipes/sft.py", arguments))
+        except KeyboardInterrupt:
+            if last_checkpoint(work_folder(output)) is None:
+                raise
+            raise SystemExit(SAVED_EXIT_CODE) from None
     except (ValueError, RuntimeError, OSError) as error:
         raise RecipeError(str(error)) from error
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from pi_rl.checkpoint_order import by_age
 from pi_rl.envs.vector_env import EnvSpec
 
 ALL_STATES_UP_TO = 1000
@@ -144,8 +145,7 @@ def policy_within(folder: Path) -> Path | None:
     Returns:
         None if there is no policy in any of the places where a run has one.
     """
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int("0" + re.sub(r"\D", "", path.name)))
-    names = ["", *_INSIDE[:3], *(path.name for path in reversed(checkpoints)), *_INSIDE[3:]]
+    names = ["", *_INSIDE[:3], *(path.name for path in reversed(by_age(folder))), *_INSIDE[3:]]
     return next((folder / name for name in names if (folder / name / "config.json").is_file()), None)
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pi_rl.__about__ import simulator_of
 from pi_rl.arguments import CONFIG_NAME
+from pi_rl.checkpoint_order import RL_STATE_NAME
 from pi_rl.hub.card import (
     OWN_TYPES,
     PAPER,
@@ -35,8 +36,6 @@ from pi_rl.hub.run_record import (
 )
 from pi_rl.policies.lora import ADAPTER_CONFIG_FILE
 from pi_rl.rollout.summary import EvalSummary
-
-RL_STATE_NAME = "rl_state.json"
 
 
 @dataclass(frozen=True)
@@ -193,6 +192,7 @@ def _known(folder: Path, record: RunRecord | None, told: Iterable[Entry] | None)
     env = str(config.get("env") or (counters.get("env") or {}).get("name") or "")
     base, base_license, start = _start(folder, config, counters)
     versions = counters.get("versions") or (record.versions if record else {})
+    versions = versions if isinstance(versions, dict) else {}
     return _Known(
         step=step,
         iteration=0 if starts_here else counters.get("iteration"),
@@ -205,7 +205,7 @@ def _known(folder: Path, record: RunRecord | None, told: Iterable[Entry] | None)
         evaluations=evaluations,
         config=config,
         config_text=record.config_text if record else "",
-        versions={str(package): str(version) for package, version in dict(versions).items()},
+        versions={str(package): str(version) for package, version in versions.items()},
     )
 
 

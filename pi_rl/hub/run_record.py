@@ -15,6 +15,7 @@ from typing import Any
 
 from pi_rl.argument_values import load_yaml
 from pi_rl.arguments import CONFIG_NAME
+from pi_rl.checkpoint_order import by_age
 from pi_rl.hub.results import RESULTS_NAME, RunResults, read_results
 from pi_rl.rollout.summary import EvalSummary, TaskSummary
 from pi_rl.secrets import redacted
@@ -249,8 +250,7 @@ def _metrics(root: Path, problems: list[str]) -> tuple[list[Entry], list[Path]]:
     metrics = root / METRICS_NAME
     if metrics.is_file():
         return _lines(metrics, problems), [metrics]
-    checkpoints = sorted(root.glob("checkpoint-*"), key=checkpoint_number, reverse=True)
-    for file in (root / STATE_NAME, *(folder / STATE_NAME for folder in checkpoints)):
+    for file in (root / STATE_NAME, *(folder / STATE_NAME for folder in reversed(by_age(root)))):
         state = _json(file, problems)
         if state is not None:
             return [entry for entry in state.get("log_history") or [] if isinstance(entry, dict)], [file]

@@ -17,6 +17,7 @@ from transformers.trainer_callback import TrainerState
 from pi_rl.__about__ import __version__
 from pi_rl.argument_values import load_yaml
 from pi_rl.arguments import CONFIG_NAME
+from pi_rl.checkpoint_order import RL_STATE_NAME, by_age, checkpoints, step_of
 from pi_rl.policies.checkpoints import CONFIG_FILE, POSTPROCESSOR_FILE, PREPROCESSOR_FILE
 from pi_rl.policies.weight_files import WEIGHTS_FILE, read_header, some_of
 from pi_rl.policies.weights import flush_to_disk
@@ -32,12 +33,10 @@ from pi_rl.trainer.plain_state import (
 )
 
 logger = logging.getLogger(__name__)
-RL_STATE_NAME = "rl_state.json"
 STAGING_NAME = ".incomplete"
 _REPLACED = "replaced-"
 FORMAT = 1
 """Number of the layout of a checkpoint; raised when an older pi_rl could not read a newer one's."""
-_NAME = re.compile(r"checkpoint-(\d+)")
 _COUNTERS = {"algorithm": str, "iteration": int, "env_steps": int, "episodes": int, "evaluation_due": bool}
 _REQUIRED = (
     CONFIG_FILE,
@@ -145,32 +144,6 @@ def _check_files(folder: Path) -> None:
         raise DamagedCheckpointError(f"{folder / CONFIG_NAME} is not valid YAML: {error}") from error
 
 
-def checkpoints(root: Path) -> list[Path]:
-    """The checkpoint-N folders of a run, complete or not, in the order of N."""
-    found = [path for path in root.glob("checkpoint-*") if _NAME.fullmatch(path.name) and path.is_dir()]
-    return sorted(found, key=step_of)
-
-
-def step_of(folder: Path) -> int:
-    """N of a folder checkpoint-N: optimiser steps made before it was written."""
-    match = _NAME.fullmatch(folder.name)
-    if match is None:
-        raise ValueError(f"{folder} is not named checkpoint-N.")
-    return int(match[1])
-
-
-def save_of(folder: Path) -> int:
-    """Number of the save that wrote a checkpoint; 0 where its file cannot tell.
-
-    It goes on counting where a run is resumed from an early checkpoint, whose steps come once more.
-    """
-    try:
-        number = read_json(folder / RL_STATE_NAME).get("save")
-    except (ValueError, OSError):
-        return 0
-    return number if isinstance(number, int) else 0
-
-
 def newest_checkpoint(root: Path) -> Path | None:
     """The checkpoint written last that is complete and readable; says which later ones are not, and why.
 
@@ -179,7 +152,7 @@ def newest_checkpoint(root: Path) -> Path | None:
     Args:
         root: Output folder of the run.
     """
-    for folder in reversed(_by_age(root)):
+    for folder in reversed(by_age(root)):
         try:
             check_checkpoint(folder)
         except CheckpointError as error:
@@ -282,7 +255,7 @@ def remove_old(root: Path, limit: int | None, keep: Path, best: str | None) -> N
     if limit is None or limit <= 0:
         return
     try:
-        folders = _by_age(root)
+        folders = by_age(root)
     except OSError as error:
         logger.warning(f"No old checkpoint of {root} is deleted this time: {error}.")
         return
@@ -298,11 +271,6 @@ def remove_old(root: Path, limit: int | None, keep: Path, best: str | None) -> N
         damaged = isinstance(problems[folder], DamagedCheckpointError)
         if damaged and folder not in protected and step_of(folder) <= step_of(keep):
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _by_age(root: Path) -> list[Path]:
-    """Checkpoints in the order in which they were written, which copying the folder does not change."""
-    return sorted(checkpoints(root), key=lambda folder: (save_of(folder), step_of(folder)))
 
 
 def _problem(folder: Path) -> CheckpointError | None:

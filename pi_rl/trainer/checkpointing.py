@@ -17,22 +17,20 @@ from transformers.trainer_utils import SaveStrategy
 
 from pi_rl.__about__ import __version__
 from pi_rl.arguments import CONFIG_NAME, dump_config
+from pi_rl.checkpoint_order import RL_STATE_NAME, checkpoints, save_of
 from pi_rl.policies.actor_critic import FlowActorCritic
 from pi_rl.policies.checkpoints import LoadedPolicy, load_heads, load_policy_weights, save_heads, save_policy
 from pi_rl.policies.lora import has_lora
 from pi_rl.trainer.checkpoint_folders import (
     FORMAT,
-    RL_STATE_NAME,
     STAGING_NAME,
     CheckpointError,
     check_checkpoint,
-    checkpoints,
     clean_up,
     discard_staged,
     newest_checkpoint,
     publish,
     remove_old,
-    save_of,
 )
 from pi_rl.trainer.disk import NotWritten, checkpoint_bytes, warn_about_low_disk, why_not_written
 from pi_rl.trainer.flow_config import FlowConfig
@@ -134,11 +132,6 @@ class CheckpointedTrainer(ShardedTrainer):
 
     def load_rl_state(self, state: dict[str, Any]) -> None:
         """Takes over what :meth:`rl_state` wrote."""
-        if state["algorithm"] != self.algorithm:
-            raise CheckpointError(
-                f"The checkpoint is of a {state['algorithm']} run, this one is {self.algorithm}. Resume with that "
-                "trainer, or start anew from the folder with model=."
-            )
         self.env_steps, self.episodes = state["env_steps"], state["episodes"]
         self._start = state.get("start")
 
@@ -192,7 +185,7 @@ class CheckpointedTrainer(ShardedTrainer):
         folder = Path(resume_from_checkpoint)
         state = all_succeed(lambda: self._checked_state(folder))
         self.load_rl_state(state)
-        self._save_number = save_of(folder)
+        self._save_number = save_of(folder) or 0
         self._load_weights(folder)
         if folder.resolve().parent == Path(self.args.output_dir).resolve():
             self._saved_step = read_json(folder / TRAINER_STATE_NAME)["global_step"]
@@ -206,6 +199,11 @@ class CheckpointedTrainer(ShardedTrainer):
     def _checked_state(self, folder: Path) -> dict[str, Any]:
         """Counters of a checkpoint, if its iterations, optimiser and schedule are such as this run's."""
         state, trainer_state = check_checkpoint(folder), read_json(folder / TRAINER_STATE_NAME)
+        if state["algorithm"] != self.algorithm:
+            raise CheckpointError(
+                f"The checkpoint is of a {state['algorithm']} run, this one is {self.algorithm}. Resume with that "
+                "trainer, or start anew from the folder with model=."
+            )
         updates = self.args.updates_per_iteration
         if state["iteration"] * updates != trainer_state["global_step"]:
             raise CheckpointError(
@@ -213,11 +211,21 @@ class CheckpointedTrainer(ShardedTrainer):
                 f"optimiser steps; this run has {updates} optimiser steps per iteration. Resume with the settings "
                 "of that run and as many processes (with global_batch_size their number may change)."
             )
+        self._check_optimizer(folder)
+        return state
+
+    def _check_optimizer(self, folder: Path) -> None:
+        """Refuses an optimiser or a schedule of other parameters or kinds than this run's."""
+        made_here = self.optimizer is None
         optimizer = self.create_optimizer()
         names = {parameter: name for name, parameter in self.actor_critic.named_parameters()}
-        check_optimizer_fits(folder, optimizer, names)
-        check_schedule_fits(folder, len(optimizer.param_groups), self._schedule_of)
-        return state
+        try:
+            check_optimizer_fits(folder, optimizer, names)
+            check_schedule_fits(folder, len(optimizer.param_groups), self._schedule_of)
+        except BaseException:
+            if made_here:
+                self.optimizer = None  # another try may have other settings
+            raise
 
     def _schedule_of(self, optimizer: torch.optim.Optimizer) -> Any:
         """A schedule such as this run's for another optimiser."""
@@ -439,7 +447,7 @@ class CheckpointedTrainer(ShardedTrainer):
             self._update_callback_states()
             self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
             names = sorted(path.relative_to(staged).as_posix() for path in staged.rglob("*") if path.is_file())
-            save = 1 + max([self._save_number, *map(save_of, checkpoints(root))])
+            save = 1 + max([self._save_number, *(save_of(folder) or 0 for folder in checkpoints(root))])
             write_json(staged / RL_STATE_NAME, {**self.rl_state(), "save": save, "files": names})
             publish(staged, root)
             self._save_number = save

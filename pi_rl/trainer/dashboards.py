@@ -2,7 +2,7 @@
 
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -55,9 +55,10 @@ def prepare_dashboards(trainer: Any) -> None:
     if trainer.pop_callback(TrackioCallback) is not None:
         trainer.add_callback(RunLongTrackio)
     for callback in trainer.callback_handler.callbacks:
-        names = [name for name, kind in INTEGRATION_TO_CALLBACK.items() if isinstance(callback, kind)]
+        kind = TrackioCallback if isinstance(callback, RunLongTrackio) else type(callback)
+        names = [name for name, known in INTEGRATION_TO_CALLBACK.items() if known is kind]  # not of a user's own class
         if names:
-            _Guard(trainer, callback, names[-1])  # of a class and its subclass, the latter
+            _Guard(trainer, callback, names[0])
     if trainer.args.eval_videos:
         trainer.add_callback(EvaluationVideos(trainer))
 
@@ -69,14 +70,25 @@ def close_dashboards(trainer: Any) -> None:
         trainer: The trainer that wrote them.
     """
     for callback in trainer.callback_handler.callbacks:
-        if isinstance(callback, RunLongTrackio) and callback._initialized and trainer.is_world_process_zero():
-            callback._initialized = False
-            with _said_if_it_fails("Trackio's record", trainer.args.output_dir, "It may lack its last entries."):
-                callback._trackio.finish()
-        elif isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
-            writer, callback.tb_writer = callback.tb_writer, None
-            with _said_if_it_fails("TensorBoard's record", trainer.args.output_dir, "It may lack its last entries."):
-                writer.close()
+        _release(callback)
+        name = "Trackio" if isinstance(callback, RunLongTrackio) else "TensorBoard"  # others end theirs by themselves
+        with _said_if_it_fails(f"{name}'s record", trainer.args.output_dir, "It may lack its last entries."):
+            _end_record(callback, trainer)
+
+
+def _end_record(callback: TrainerCallback, trainer: Any) -> None:
+    if isinstance(callback, RunLongTrackio) and callback._initialized and trainer.is_world_process_zero():
+        callback._initialized = False
+        callback._trackio.finish()
+    elif isinstance(callback, TensorBoardCallback) and callback.tb_writer is not None:
+        writer, callback.tb_writer = callback.tb_writer, None
+        writer.close()
+
+
+def _release(callback: TrainerCallback) -> None:
+    """Takes the guard of an earlier trainer off a callback."""
+    for event in _EVENTS:
+        vars(callback).pop(event, None)
 
 
 class _Guard:
@@ -94,26 +106,31 @@ class _Guard:
     def __init__(self, trainer: Any, callback: TrainerCallback, name: str) -> None:
         self._trainer, self._callback, self._name = trainer, callback, name
         self._begun = False
+        _release(callback)
         for event in _EVENTS:
             guarded = self._begin if event == "on_train_begin" else self._pass_on
             setattr(callback, event, partial(guarded, getattr(callback, event)))
 
-    def _begin(self, act: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        act(*args, **kwargs)  # a missing package or wrong setting is the user's to hear, while nothing is lost
+    def _begin(self, act: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        control = act(*args, **kwargs)  # a missing package or wrong setting is the user's to hear, with nothing lost
         self._begun = True
+        return control
 
-    def _pass_on(self, act: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+    def _pass_on(self, act: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not self._begun:
-            act(*args, **kwargs)
-            return
+            return act(*args, **kwargs)
         try:
-            act(*args, **kwargs)
+            return act(*args, **kwargs)
         except Exception as error:  # from the vendors' clients: of any type
             handler = self._trainer.callback_handler
             # a new list: the handler is iterating over the old one
             handler.callbacks = [callback for callback in handler.callbacks if callback is not self._callback]
             what = f"The dashboard {self._name}"
             _say_failure(what, error, self._trainer.args.output_dir, "The run goes on without it.")
+            _release(self._callback)
+            with suppress(Exception):  # what went wrong is said
+                _end_record(self._callback, self._trainer)
+            return None
 
 
 @dataclass(frozen=True)

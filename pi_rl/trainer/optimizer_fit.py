@@ -27,7 +27,7 @@ _REMEDY = (
     "critic_hidden_sizes, noise, optim and lr_scheduler_type decide this), give another checkpoint, or start anew "
     "from the folder with model=."
 )
-_UNUSABLE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError)
+_UNUSABLE = (LookupError, TypeError, ValueError, AttributeError, RuntimeError, AssertionError)
 
 
 def check_optimizer_fits(folder: Path, optimizer: torch.optim.Optimizer, names: Mapping[nn.Parameter, str]) -> None:
@@ -132,8 +132,15 @@ def _check_state(
         )
     for name, value in trial.items():
         given = stored[name]
-        if not isinstance(value, Tensor) or not isinstance(given, StoredTensor):
+        if not isinstance(value, Tensor):
             continue
+        if not isinstance(given, StoredTensor):
+            if value.ndim == 0 and isinstance(given, int | float):
+                continue
+            raise CheckpointError(
+                f"{folder / OPTIMIZER_VALUES} has {name}={given!r:.80} of {what}; this run's {kind} needs a tensor. "
+                f"{_REMEDY}"
+            )
         like_parameter = value.ndim > 0 and value.shape == (2,) * parameter.ndim
         expected = tuple(parameter.shape) if like_parameter else tuple(value.shape)
         if (like_parameter or value.ndim == 0) and given.shape != expected:

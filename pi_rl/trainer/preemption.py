@@ -19,8 +19,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor, nn
 
+from pi_rl.checkpoint_order import RL_STATE_NAME
 from pi_rl.progress import ProgressFn, say
-from pi_rl.trainer.checkpoint_folders import RL_STATE_NAME
 from pi_rl.trainer.metrics import all_reduce
 from pi_rl.trainer.not_finite import FiniteTrainer
 from pi_rl.trainer.plain_state import read_json

@@ -172,8 +172,8 @@ class SftProcess:
             _end_run(result["ended_after"], result["signum"], job)
         if failed or not result:
             raise RuntimeError(self._failure())
-        if signals.received:  # too late for the fine-tuning process: this one ends before it writes the policy
-            signal.raise_signal(signals.received)
+        if signals.received and launched_rank() == 0:  # too late for that process: this one ends before it writes
+            _end_run(job.steps, signals.received, job)
         return Path(result["checkpoint"])
 
     def close(self) -> None:

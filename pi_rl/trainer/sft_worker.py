@@ -6,6 +6,7 @@ checkpoint of the step that it was in. LeRobot itself is not modified.
 """
 
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -120,7 +121,7 @@ class SftAccelerator(Accelerator):
         self._channel = channel
         self._config = config
         self._signals = signals
-        self._told = 0
+        self.told = 0
         self._redrawn_every: int | None = None
         self._step = self._first = 0 if job.resume_from is None else load_training_step(_training_state(job))
         self._begin = self._last_report = time.perf_counter()
@@ -150,10 +151,11 @@ class SftAccelerator(Accelerator):
         Raises:
             Stopped: If the processes agreed to end in the step before, which lerobot-train has saved meanwhile.
         """
-        if self._told:
-            raise Stopped(self._step, self._told)
+        if self.told:
+            raise Stopped(self._step, self.told)
         if self._step == self._first:
             self._restore_generators()
+            self.wait_for_everyone()  # from here on all processes agree on the step that a signal ends
             send(self._channel, begins=self._step)
         separate_generators(self._job.seed, self.process_index, self._step)
         return super().autocast(*args, **options)
@@ -175,9 +177,8 @@ class SftAccelerator(Accelerator):
 
     def _save_if_told(self) -> None:
         """Has this step saved if any process was told to end; the last step is saved anyway. A collective call."""
-        told = int(all_reduce(self, torch.tensor(self._signals.received), "max"))
-        if told and self._step < self._job.steps:
-            self._told = told
+        self.told = int(all_reduce(self, torch.tensor(self._signals.received), "max"))
+        if self.told and self._step < self._job.steps:
             self._config.save_freq = self._step  # lerobot-train saves after the steps that are multiples of it
             self._signals.saving = True
             send(self._channel, saving=self._step)
@@ -341,6 +342,8 @@ def run(job: SftJob, channel: TextIO, signals: StopSignals) -> Path:
     checkpoints = Path(job.output_dir) / "checkpoints"
     try:
         train(config, accelerator)
+        if accelerator.told:  # in the last step, which is saved
+            raise Stopped(job.steps, accelerator.told)
     except Stopped:
         if accelerator.is_main_process:
             keep_last_checkpoint(checkpoints)
@@ -376,6 +379,8 @@ def main() -> None:
             send(channel, checkpoint=str(run(job, channel, signals)))
         except Stopped as stop:
             send(channel, ended_after=stop.step, signum=stop.signum)
+        for worker in multiprocessing.active_children():  # which ignore the signal that Python ends them with
+            worker.kill()
 
 
 def _weights_folder(job: SftJob) -> Path:

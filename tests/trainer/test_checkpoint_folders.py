@@ -9,6 +9,7 @@ import shutil
 import pytest
 from transformers import TrainerCallback
 
+from pi_rl.cli.eval_plan import policy_within
 from pi_rl.policies import weights
 from pi_rl.trainer import checkpoint_folders
 from pi_rl.trainer.checkpoint_folders import (
@@ -108,7 +109,7 @@ def test_a_disk_that_lists_no_folders_costs_nothing(finished, monkeypatch, caplo
     def stale(root):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(root))
 
-    monkeypatch.setattr(checkpoint_folders, "checkpoints", stale)
+    monkeypatch.setattr(checkpoint_folders, "by_age", stale)
     with caplog.at_level(logging.WARNING):
         remove_old(finished, 1, finished / "checkpoint-8", None)
     monkeypatch.undo()
@@ -195,7 +196,7 @@ def test_a_run_that_began_again_goes_on_with_its_new_branch(toy_trainer, tmp_pat
     for name in reversed(names(root)):
         shutil.copytree(root / name, copied / name, copy_function=shutil.copy)
     for folder in (root, copied):
-        assert newest_checkpoint(folder) == folder / "checkpoint-8"
+        assert newest_checkpoint(folder) == policy_within(folder) == folder / "checkpoint-8"
     toy_trainer(num_iterations=4, learning_rate=1e-4).train(resume_from_checkpoint=True)
     assert newest_checkpoint(root) == root / "checkpoint-16"
     saves = {name: json.loads((root / name / "rl_state.json").read_text())["save"] for name in names(root)}

@@ -1,6 +1,7 @@
 """TensorBoard, Weights & Biases and Trackio keep records that can be read back, with films of evaluations."""
 
 import contextlib
+import importlib
 import io
 import json
 import os
@@ -12,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 from transformers import TrainerCallback
+from transformers.integrations import WandbCallback
 
 from pi_rl import FlowPPOConfig, FlowPPOTrainer, load_policy, make_env
 from pi_rl.run_report import RunLog
@@ -237,22 +239,22 @@ def offline_wandb(tmp_path, monkeypatch):
 
 
 class EndsRecords(TrainerCallback):
-    """Ends the records of two dashboards after the first iteration: their clients refuse every entry from then on."""
+    """Ends the records of dashboards after the first iteration: their clients refuse every entry from then on."""
+
+    def __init__(self, *clients):
+        self.clients = clients
 
     def on_epoch_end(self, args, state, control, **kwargs):
         if state.global_step == 4:
-            import trackio
-            import wandb
-
-            trackio.finish()
-            wandb.finish()
+            for client in self.clients:
+                importlib.import_module(client).finish()
 
 
 def test_dashboards_that_fail_within_a_run_are_left_out_once_each(toy_trainer, tmp_path, capsys, offline_wandb):
     """wandb and Trackio fail; TensorBoard has the whole run, and the trained weights are as they would be."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    callbacks = [RunLog(tmp_path / "run", "toy:point-mass"), EndsRecords()]
+    callbacks = [RunLog(tmp_path / "run", "toy:point-mass"), EndsRecords("trackio", "wandb")]
     trainer = toy_trainer(callbacks=callbacks, report_to=["wandb", "trackio", "tensorboard"], project="failing")
     trainer.train()
     trainer.evaluate()
@@ -274,6 +276,20 @@ def test_dashboards_that_fail_within_a_run_are_left_out_once_each(toy_trainer, t
     plain.train()
     for name, value in plain.actor_critic.named_parameters():
         assert torch.equal(value, dict(trainer.actor_critic.named_parameters())[name]), name
+
+
+def test_a_callback_of_the_users_serves_one_trainer_after_the_other(toy_trainer, tmp_path, capsys, offline_wandb):
+    """As in a sweep over seeds; what fails is noted in the run in which it fails."""
+    shared = WandbCallback()
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        trainer = toy_trainer(folder, callbacks=[RunLog(folder, "toy:point-mass"), EndsRecords("wandb"), shared])
+        trainer.train()
+        trainer.close()
+        said = [line for line in capsys.readouterr().out.splitlines() if "The dashboard wandb failed" in line]
+        noted = [line for line in (folder / "metrics.jsonl").read_text().splitlines() if "The dashboard wandb" in line]
+        assert len(said) == len(noted) == 1
+        assert not [event for event in vars(shared) if event.startswith("on_")]
 
 
 def test_a_dashboard_that_cannot_start_is_an_error_before_anything_is_trained(

@@ -127,6 +127,7 @@ DAMAGES = {
     "trainer_state.json": truncate,
     "rng_state_0.json": lambda path: path.write_text(""),
     "pi_rl_config.yaml": lambda path: path.write_text("a: [1"),
+    "rl_state.json": truncate,
 }
 
 

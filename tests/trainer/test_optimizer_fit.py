@@ -71,6 +71,13 @@ CHANGES = {
         tensors(lambda stored: [stored.update({f"{key}_buffer": stored.pop(key)}) for key in list(stored)]),
         r"has exp_avg_buffer, exp_avg_sq_buffer, step_buffer of \S+ \(parameter 0\); this run's AdamW needs exp_avg",
     ),
+    "a number for a tensor": (
+        lambda folder: (
+            tensors(lambda stored: stored.pop("state.0.exp_avg"))(folder),
+            values("optimizer.json", lambda stored: stored["state"]["0"].update(exp_avg=3))(folder),
+        ),
+        r"has exp_avg=3 of \S+ \(parameter 0\); this run's AdamW needs a tensor",
+    ),
     "a parameter less": (without_last_parameter, "optimizer.json is of other trained parameters than this run's: "),
     "groups of SGD": (
         values("optimizer.json", as_sgd_writes),
@@ -101,7 +108,7 @@ def test_another_optimiser_or_schedule_is_refused_with_nothing_loaded(finished, 
         assert not isinstance(error.value, DamagedCheckpointError)
         assert "Resume with the settings of that run" in str(error.value)
         assert all(value.equal(before[key]) for key, value in trainer.actor_critic.state_dict().items())
-        assert not trainer.optimizer.state
+        assert trainer.optimizer is None
         assert trainer.lr_scheduler is None
         assert (trainer.env_steps, trainer.episodes, trainer.state.global_step) == (0, 0, 0)
         assert random.getstate() == generators[0]
