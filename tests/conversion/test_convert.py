@@ -337,6 +337,7 @@ def test_a_foreign_tensor_type_is_refused(capsys, policy_folders, tools, tmp_pat
 MEASURED = """
 import json, sys
 from pathlib import Path
+from pi_rl.cli.main import main
 import pi_rl.conversion.new_template, pi_rl.conversion.to_openpi
 
 def peak():
