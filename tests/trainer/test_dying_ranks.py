@@ -194,6 +194,6 @@ def test_a_launcher_told_to_end_lets_its_processes_save(mlp_folder, tmp_path, si
         assert launched.wait(300) == 1
         text = log.read_text()
     assert f"Ended by {signum.name}; {out / 'checkpoint-128'} is complete" in text, text[-3000:]
-    assert "It repeats the iteration whose updates were cut short" in text
+    assert "iteration 2/" not in text  # its update was cut short, in the first step or a later one
     assert "forcefully exiting via" not in text.lower()  # what torch says when it kills after 30 s
     assert newest_checkpoint(out) == out / "checkpoint-128"
